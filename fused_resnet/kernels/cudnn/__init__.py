@@ -1,0 +1,1 @@
+"""cuDNN through PyTorch's own fused operators."""

@@ -1,0 +1,51 @@
+"""Packed and folded weights, kept only while they are provably those of the live tensors.
+
+An entry lives as long as every source tensor keeps its identity, storage and version counter:
+optimizer steps, `load_state_dict`, `copy_`, `.to()` and `.data =` all change one of them. Writes
+that PyTorch itself cannot see (`.data.copy_`, numpy views) do not; `fused_resnet.refresh` calls
+`drop` for those. Tensors without a version counter (made under inference mode) are never cached.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+_packs: dict[tuple, tuple[tuple, tuple, Any]] = {}
+
+
+def packed(tag: Hashable, sources: tuple, build: Callable[[], Any]) -> Any:
+    """`build()`, kept while no source changes.
+
+    Args:
+        tag: what is built from the sources: one entry per (tag, sources).
+        sources: the tensors (or None) that `build` reads.
+        build: makes the packed value; called without autograd by the kernels.
+    """
+    key = (tag, *map(id, sources))
+    try:
+        stamp = tuple([(s._version, s.data_ptr()) for s in sources if s is not None])
+    except RuntimeError:  # an inference tensor has no version counter
+        return build()
+    entry = _packs.get(key)
+    # An id is reused after its tensor dies; the entry's callback has then removed the entry.
+    if entry is not None and entry[1] == stamp:
+        return entry[2]
+    value = build()
+
+    def forget(_: Any, key: tuple = key) -> None:
+        _packs.pop(key, None)
+
+    refs = tuple(weakref.ref(s, forget) for s in sources if s is not None)
+    _packs[key] = (refs, stamp, value)
+    return value
+
+
+def drop(tensors: Iterable) -> int:
+    """Forgets every packed value built from any of `tensors`; returns how many there were."""
+    ids = {id(t) for t in tensors}
+    stale = [key for key in list(_packs) if ids.intersection(key[1:])]
+    for key in stale:
+        _packs.pop(key, None)
+    return len(stale)

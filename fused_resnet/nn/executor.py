@@ -1,0 +1,259 @@
+"""The executor: runs a conv, its norm, a residual and an activation from the live submodules.
+
+It owns every guard. A guard that fails returns a reason, and then the modules themselves are called
+one after the other: same result, same exception, same hooks. Our blocks come in through `run`,
+fused models through `ambient`, `blocked` and `launch`, so both obey the same rules.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fused_resnet import backends
+from fused_resnet.ops import conv_bn_act as family
+
+ACTIVATIONS: dict[Any, str] = {nn.Identity: "identity", nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu",
+                               nn.Hardswish: "hardswish"}
+TENSORS = (torch.Tensor, nn.Parameter)
+CHANNELS_LAST = torch.channels_last
+
+
+class _State(threading.local):
+    inside = False  # within a region whose guards hold: finite, channels_last
+    stock = False  # planned forwards step aside
+
+
+state = _State()
+
+
+def is_norm(module: nn.Module) -> bool:
+    """BatchNorm2d, or a FrozenBatchNorm2d as torchvision and detectron2 write it."""
+    return type(module) is nn.BatchNorm2d or is_frozen(module)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    return (type(module).__name__ == "FrozenBatchNorm2d" and hasattr(module, "eps")
+            and {"weight", "bias", "running_mean", "running_var"} <= module._buffers.keys())
+
+
+def suggests_channels_last(t: torch.Tensor) -> bool:
+    """ATen's suggest_memory_format: whether operators on `t` answer in channels_last."""
+    if t.dim() != 4 or t.stride(1) == 0:
+        return False
+    smallest = 0
+    for d in (1, 3, 2, 0):
+        if t.size(d) == 0 or t.stride(d) < smallest or (d == 0 and smallest == t.stride(1)):
+            return False
+        smallest = t.stride(d) * max(t.size(d), 1)
+    return True
+
+
+def restore(t: Any) -> Any:
+    """`t` as stock operators on contiguous tensors would have left it."""
+    if not isinstance(t, torch.Tensor) or t.dim() != 4:
+        return t
+    if not t.is_contiguous():
+        return t.contiguous()
+    _, c, h, w = t.shape  # one pixel or one channel: contiguous already, but strides are visible
+    return t.as_strided(t.shape, (c * h * w, h * w, w, 1)) if t.numel() else t
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks)
+
+
+def ambient(tensors: Iterable[Any], parameters: Callable[[], Iterable[torch.Tensor]]) -> str | None:
+    """Why the state of PyTorch around this call rules fusion out, or None.
+
+    Args:
+        tensors: the inputs.
+        parameters: gives the parameters that would be read; asked only when gradients are on.
+    """
+    if state.stock:
+        return "the stock forward was asked for"
+    for t in tensors:
+        if type(t) not in TENSORS:
+            return f"an input is a {type(t).__name__}, not a plain tensor"
+        if t.layout is not torch.strided or t.is_meta:
+            return "an input is sparse or has no data"
+    if torch.is_grad_enabled() and (any(t.requires_grad for t in tensors) or any(p.requires_grad for p in parameters())):
+        return GRAD
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a dispatch mode or a functorch transform is active"
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return "TorchScript or ONNX export traces the stock modules"
+    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+        return "global module hooks are registered"
+    return None if backends.enabled() else "FUSED_RESNET_DISABLE is set"
+
+
+GRAD = "gradients are needed: the stock forward runs until training kernels exist"
+
+
+def blocked(conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None) -> str | None:
+    """Why these three modules cannot be run as one launch, or None."""
+    if type(conv) is not nn.Conv2d:
+        return f"the convolution is a {type(conv).__name__}, not a plain Conv2d"
+    if conv.padding_mode != "zeros":
+        return f"padding_mode {conv.padding_mode!r}"
+    if isinstance(conv.padding, str):
+        return f"padding given as {conv.padding!r}"
+    if "weight" not in conv._parameters or conv._parameters["weight"] is None:
+        return "the weight is no parameter (pruned, reparametrised or lazy)"
+    if hooked(conv):
+        return "a hook is registered on the convolution"
+    if norm is not None:
+        reason = norm_blocked(norm)
+        if reason is not None:
+            return reason
+        if norm.running_mean.shape[0] != conv.out_channels:
+            return "the norm has another number of channels than the convolution"
+    if activation is not None and (type(activation) not in ACTIVATIONS or hooked(activation)):
+        return f"activation {type(activation).__name__}, or a hook on it"
+    return None
+
+
+def norm_blocked(norm: nn.Module) -> str | None:
+    """Why this norm cannot be read live by a kernel, or None."""
+    if not is_norm(norm):
+        return f"the norm is a {type(norm).__name__}"
+    if hooked(norm):
+        return "a hook is registered on the norm"
+    if type(norm) is nn.BatchNorm2d and norm.training:
+        return TRAINING
+    if norm._buffers.get("running_mean") is None or norm._buffers.get("running_var") is None:
+        return "the norm keeps no running statistics: it normalises with those of the batch"
+    return None
+
+
+TRAINING = "the norm is in training mode: the stock forward runs until training kernels exist"
+
+
+def launch(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None, activation: str, residual: torch.Tensor | None,
+           prologue: tuple[nn.Module, str] | None, finite: bool) -> torch.Tensor | None:
+    """One fused launch from live submodules that `blocked` has passed; None where operands do not fit.
+
+    Args:
+        x: the input of the convolution, or of the prologue's norm.
+        activation: one of `problem.ACTIVATIONS`.
+        prologue: (norm, activation) in front of the convolution.
+        finite: x and residual are known to hold neither NaN nor Inf.
+    """
+    weight, bias = conv._parameters["weight"], conv._parameters["bias"]
+    gamma = beta = mean = var = p_gamma = p_beta = p_mean = p_var = None
+    eps = p_eps = 1e-5
+    name = ""
+    if norm is not None:
+        gamma, beta, mean, var, eps = vectors(norm)
+    if prologue is not None:
+        p_gamma, p_beta, p_mean, p_var, p_eps = vectors(prologue[0])
+        name = prologue[1]
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64:
+        if prologue is not None:
+            return None  # stock normalises in the input's own precision
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+    elif weight.dtype is not dtype:
+        return None
+    first = mean if mean is not None else p_mean
+    if first is not None and first.dtype is not dtype and first.dtype is not torch.float32:
+        return None
+    if (x.dim() != 4 or x.shape[1] != weight.shape[1] * conv.groups or x.device != weight.device
+            or eps <= 0 or dtype not in family.NAMES):
+        return None
+    if residual is not None and (residual.dtype is not dtype or residual.shape[1] != weight.shape[0]):
+        return None
+    args = (x, weight, bias, gamma, beta, mean, var, residual, p_gamma, p_beta, p_mean, p_var, eps, p_eps, activation,
+            name, conv.stride, conv.padding, conv.dilation, conv.groups)
+    shape = family.output_shape(x, weight, conv.stride, conv.padding, conv.dilation)
+    if shape is None or (residual is not None and residual.shape != shape):
+        return None
+    return family.run(*args, finite) if not torch.compiler.is_compiling() else family.OP(*args)
+
+
+def vectors(norm: nn.Module) -> tuple:
+    """(gamma, beta, mean, var, eps) of a norm, as they are now."""
+    buffers = norm._buffers
+    affine = buffers if "weight" in buffers else norm._parameters
+    return affine.get("weight"), affine.get("bias"), buffers["running_mean"], buffers["running_var"], norm.eps
+
+
+def stock(x: Any, conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None, residual: Any,
+          prologue: tuple[nn.Module, nn.Module | None] | None) -> Any:
+    """The modules, one after the other."""
+    if prologue is not None:
+        x = prologue[0](x)
+        x = x if prologue[1] is None else prologue[1](x)
+    out = conv(x)
+    out = out if norm is None else norm(out)
+    if residual is not None:
+        out += residual
+    return out if activation is None else activation(out)
+
+
+def run(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None = None, activation: nn.Module | None = None,
+        residual: torch.Tensor | None = None, prologue: tuple[nn.Module, nn.Module | None] | None = None) -> torch.Tensor:
+    """activation(norm(conv(x)) + residual) in one launch where every guard holds, else module by module.
+
+    Args:
+        x: [N, C, H, W].
+        conv: torch.nn.Conv2d.
+        norm: BatchNorm2d with running statistics, or FrozenBatchNorm2d.
+        activation: a module of `ACTIVATIONS`.
+        residual: [N, K, P, Q], added before the activation.
+        prologue: (norm, activation) modules applied to x first.
+
+    Returns:
+        [N, K, P, Q]; channels_last memory when launched as one.
+
+    Raises:
+        whatever the modules raise.
+    """
+    reason = None
+    if not state.inside:
+        tensors = (x,) if residual is None else (x, residual)
+        reason = ambient(tensors, lambda: (p for m in (conv, norm, *(prologue or ())) if m is not None
+                                           for p in m.parameters(recurse=False)))
+    reason = reason or blocked(conv, norm, activation)
+    if reason is None and prologue is not None:
+        reason = norm_blocked(prologue[0])
+    if reason is None:
+        name = "identity" if activation is None else ACTIVATIONS[type(activation)]
+        pre = None if prologue is None else (prologue[0], "identity" if prologue[1] is None
+                                             else ACTIVATIONS[type(prologue[1])])
+        out = launch(x, conv, norm, name, residual, pre, state.inside)
+        if out is not None:
+            return out
+    return stock(x, conv, norm, activation, residual, prologue)
+
+
+def planned(forward: Callable[[Any, torch.Tensor], torch.Tensor]) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    """Makes a block's forward a region: guards once, channels_last inside, stock's strides outside."""
+
+    @functools.wraps(forward)
+    def region(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if state.inside or torch.compiler.is_compiling():
+            return forward(self, x)
+        if self.training or ambient((x,), self.parameters) is not None or x.dim() != 4:
+            return forward(self, x)
+        if x.is_cpu and not (x.is_floating_point() and backends.all_finite(x)):
+            return forward(self, x)
+        keep = suggests_channels_last(x) or any(suggests_channels_last(m._parameters["weight"])
+                                                for m in self.modules() if type(m) is nn.Conv2d)
+        state.inside = True
+        try:
+            out = forward(self, x.contiguous(memory_format=CHANNELS_LAST))
+        finally:
+            state.inside = False
+        return out if keep else restore(out)
+
+    return region

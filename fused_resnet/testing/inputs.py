@@ -1,0 +1,62 @@
+"""Well-scaled random operands for a problem, and the stock answer to it."""
+
+from __future__ import annotations
+
+import torch
+
+from fused_resnet.numerics import DTYPES
+from fused_resnet.ops import conv_bn_act as family
+from fused_resnet.problem import ConvOperands, ConvProblem
+
+
+def make(problem: ConvProblem, seed: int = 0, device: str | None = None) -> ConvOperands:
+    """Random operands whose outputs have unit scale: a ReLU cuts about half of them.
+
+    Norm vectors are fp32 beside 16-bit data; gamma takes both signs, var spans a factor of four.
+
+    Args:
+        problem: sizes, dtype and flags.
+        seed: of the generator; equal seeds give equal operands on every device.
+        device: where to put them; default problem.device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    dtype = DTYPES[problem.dtype]
+    vector = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    device = device or problem.device
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(device, dtype)
+
+    def uniform(size: int, low: float, high: float) -> torch.Tensor:
+        return (torch.rand(size, generator=generator, dtype=torch.float64) * (high - low) + low).to(device, vector)
+
+    def nhwc(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.contiguous(memory_format=torch.channels_last)
+
+    def norm(size: int) -> list[torch.Tensor]:
+        sign = torch.where(torch.rand(size, generator=generator) < 0.25, -1.0, 1.0).to(device, vector)
+        return [uniform(size, 0.5, 1.5) * sign, uniform(size, -0.5, 0.5), uniform(size, -0.5, 0.5),
+                uniform(size, 0.5, 2.0)]
+
+    n, c, k = problem.N, problem.C, problem.K
+    return ConvOperands(
+        nhwc(normal(n, c, problem.H, problem.W)),
+        normal(k, c // problem.groups, problem.R, problem.S, scale=problem.depth**-0.5),
+        normal(k, scale=0.5) if problem.bias else None,
+        *(norm(k) if problem.norm else [None] * 4),
+        nhwc(normal(*problem.output_shape)) if problem.residual else None,
+        *(norm(c) if problem.prologue else [None] * 4))
+
+
+def arguments(problem: ConvProblem, o: ConvOperands) -> tuple:
+    """Operands and settings in the order of the operator's schema."""
+    return (*o[:12], o.eps, o.pre_eps, problem.activation, problem.prologue, problem.stride, problem.padding,
+            problem.dilation, problem.groups)
+
+
+def stock(problem: ConvProblem, o: ConvOperands, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """What stock operators return, in the operands' precision or in `dtype` (fp64 is the yardstick)."""
+    if dtype is not None:
+        o = ConvOperands(*[v.to(dtype) if isinstance(v, torch.Tensor) else v for v in o])
+    with torch.no_grad():
+        return family.reference(*arguments(problem, o))
