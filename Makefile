@@ -10,7 +10,7 @@ BUDGET     ?= 540
 OUT        ?= benchmarks/results/h200
 
 BIN  := $(VENV)/bin
-PIP  := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PIP  := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet
 PINS := constraints.txt constraints-cpu.txt
 # Two model zoos whose metadata would pull another build of torch; their light dependencies are installed by name.
 ZOOS       := torchvision timm
@@ -54,7 +54,7 @@ $(VENV)/.torch: $(PINS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) -c constraints.txt setuptools wheel torch
-	@if $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then \
+	@if $(BIN)/python -W ignore -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then \
 		cat $(PINS) > $(VENV)/pins.txt; $(PIP) --no-deps -r constraints-cpu.txt; \
 	else cp constraints.txt $(VENV)/pins.txt; fi
 	@touch $@

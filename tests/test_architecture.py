@@ -1,0 +1,128 @@
+"""The rooms and who may import whom, read from the source itself."""
+
+import ast
+import functools
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fused_resnet"
+MAX_LINES = 400
+
+LEAVES = {"problem", "numerics", "library"}
+BELOW_OPS = LEAVES | {"tuning", "backends"}
+BELOW_NN = BELOW_OPS | {"ops", "functional"}
+BELOW_FUSING = BELOW_NN | {"nn", "models"}
+BELOW_TESTING = BELOW_FUSING | {"fusing"}
+BELOW_BENCH = BELOW_TESTING | {"testing"}
+# Room -> the rooms that it may import; its own is always allowed.
+ALLOWED = {
+    "problem": set(),
+    "numerics": set(),
+    "library": LEAVES,
+    "tuning": LEAVES,
+    "backends": LEAVES | {"tuning"},
+    "kernels": {"problem", "tuning", "numerics"},
+    "ops": BELOW_OPS,
+    "functional": BELOW_OPS | {"ops"},
+    "nn": BELOW_NN,
+    "models": BELOW_NN | {"nn"},
+    "fusing": BELOW_FUSING,
+    "testing": BELOW_TESTING | {"kernels"},
+    "bench": BELOW_BENCH | {"__init__"},
+    "cli": BELOW_BENCH | {"bench", "__init__"},
+    "__main__": {"cli"},
+    "__init__": BELOW_TESTING | {"testing", "bench"},
+}
+# Every other file than these stays clear of the thing.
+TRITON = {"kernels/triton", "testing/aot.py"}
+TORCH_LIBRARY = {"library.py", "testing/shim.py"}
+ENVIRONMENT = {"backends.py"}
+
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+ALL_FILES = sorted(path.relative_to(ROOT).as_posix() for folder in ("fused_resnet", "tests", "benchmarks", "csrc")
+                   for path in (ROOT / folder).rglob("*") if path.suffix in {".py", ".cu", ".cuh", ".cpp", ".h"})
+
+
+@functools.cache
+def tree(file: str) -> ast.Module:
+    return ast.parse((PACKAGE / file).read_text())
+
+
+def imports(file: str) -> set[str]:
+    """Absolute names of all modules that `file` imports, wherever in the file."""
+    found = set()
+    package = ["fused_resnet", *Path(file).parent.parts]
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[:len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{name}.{alias.name}" for alias in node.names}
+    return found
+
+
+def dotted(file: str) -> set[str]:
+    """Every `a.b` and `a.b.c` that `file` reads as an attribute."""
+    return {ast.unparse(node) for node in ast.walk(tree(file)) if isinstance(node, ast.Attribute)}
+
+
+def within(file: str, places: set[str]) -> bool:
+    return any(file == place or file.startswith(place + "/") for place in places)
+
+
+def room(module: str) -> str:
+    """`fused_resnet.nn.blocks` is of the room `nn`; a public name such as `fused_resnet.fuse` is of `__init__`."""
+    first = module.split(".")[1] if "." in module else ""
+    return first if first in ALLOWED else "__init__"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_imports_go_one_way(file):
+    own = file.removesuffix(".py").split("/")[0]
+    assert own in ALLOWED, f"{file} is in no room: add it to ALLOWED and to CONTRIBUTING.md"
+    ours = {name for name in imports(file) if name.split(".")[0] == "fused_resnet"}
+    wrong = {name for name in ours if room(name) not in ALLOWED[own] | {own}}
+    assert not wrong, f"{file} ({own}) may not import {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_each_dependency_has_one_door(file):
+    names = {name.split(".")[0] for name in imports(file)}
+    assert "triton" not in names or within(file, TRITON), f"{file} imports triton"
+    library = any(name.startswith("torch.library") for name in dotted(file) | imports(file))
+    assert not library or within(file, TORCH_LIBRARY), f"{file} touches torch.library"
+    reads = {"os.environ", "os.getenv"} & (dotted(file) | imports(file))
+    assert not reads or within(file, ENVIRONMENT), f"{file} reads the environment; ask fused_resnet.backends.setting"
+
+
+@pytest.mark.parametrize("file", ALL_FILES)
+def test_files_stay_readable_in_one_sitting(file):
+    lines = len((ROOT / file).read_text().splitlines())
+    assert lines <= MAX_LINES, f"{file} has {lines} lines, more than {MAX_LINES}"
+
+
+@pytest.mark.parametrize("file", ALL_FILES)
+def test_the_tree_stands_alone(file):
+    outside = "../" + "shared"
+    assert outside not in (ROOT / file).read_text(), f"{file} reads a folder outside of the repository"
+
+
+def test_kernels_share_no_code_between_backends():
+    for file in FILES:
+        parts = Path(file).parts
+        if parts[0] == "kernels" and len(parts) > 2:
+            foreign = {name for name in imports(file) if name.startswith("fused_resnet.kernels.")
+                       and name.split(".")[2] in {"triton", "cpu", "cudnn", "cuda"} - {parts[1]}}
+            assert not foreign, f"{file} imports {sorted(foreign)}"
+
+
+def test_the_package_declares_neither_a_torch_nor_a_triton_version():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    every = project["dependencies"] + [need for extra in project["optional-dependencies"].values() for need in extra]
+    pinned = [need for need in every if "==" in need.split(";")[0]]
+    assert not pinned, f"pinned in the package's metadata: {pinned}"
