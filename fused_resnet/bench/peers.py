@@ -1,0 +1,132 @@
+"""The other inference engines: OpenVINO, ONNX Runtime, TensorRT.
+
+Each gets as many threads as PyTorch has, one stream, and no spinning where it has such an option, for
+a pool that spins while another provider is timed slows that one.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+Call = Callable[[Any], Any]
+
+
+def to_numpy(batch: torch.Tensor) -> Any:
+    """fp32 numpy array; a view where the batch is fp32 on the CPU already."""
+    return batch.float().cpu().numpy()
+
+
+def _missing(*packages: str) -> str | None:
+    absent = [name for name in packages if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(absent)} (pip install 'fused_resnet[peers]')" if absent else None
+
+
+def openvino_reason(device: str, dtype: str) -> str | None:
+    """Why OpenVINO cannot run here, or None."""
+    if device != "cpu":
+        return "this package runs OpenVINO on the CPU only"
+    reason = _missing("openvino")
+    if reason is None and dtype not in ("fp32", "bf16"):
+        return f"OpenVINO's CPU plugin has no {dtype} here"
+    if reason is None and dtype == "bf16":
+        import openvino
+
+        if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            return "OpenVINO reports no bf16 on this CPU"
+    return reason
+
+
+def build_openvino(model: nn.Module, sample: torch.Tensor) -> Call:
+    """Converts the traced model; `INFERENCE_PRECISION_HINT` forces the row's dtype (its default on this path is bf16).
+
+    OpenVINO has a TBB pool of its own: it is bounded to PyTorch's thread count; TBB workers sleep when idle, and
+    the plugin has no spinning option.
+    """
+    import openvino
+
+    precision = "bf16" if sample.dtype == torch.bfloat16 else "f32"
+    network = openvino.convert_model(copy.deepcopy(model).float(), example_input=sample.float())
+    network.reshape(list(sample.shape))
+    compiled = openvino.Core().compile_model(network, "CPU", {
+        "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY"})
+    request = compiled.create_infer_request()
+    output = compiled.output(0)
+
+    def call(batch: Any) -> torch.Tensor:
+        return torch.from_numpy(request.infer([batch], share_inputs=True)[output])
+
+    return call
+
+
+def onnxruntime_reason(device: str, dtype: str) -> str | None:
+    """Why ONNX Runtime cannot run here, or None."""
+    reason = _missing("onnxruntime", "onnx")
+    if reason is not None:
+        return reason
+    import onnxruntime
+
+    if device == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return "this build of onnxruntime has no CUDA provider"
+    if device == "cpu" and dtype != "fp32":
+        return f"ONNX Runtime's CPU provider has no {dtype} convolution"
+    return None
+
+
+def build_onnxruntime(model: nn.Module, sample: torch.Tensor) -> Call:
+    """Exports to ONNX in memory and opens a session with all graph optimisations."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    kind = "CUDAExecutionProvider" if sample.is_cuda else "CPUExecutionProvider"
+    session = onnxruntime.InferenceSession(_onnx(model, sample), options, providers=[kind])
+    name = session.get_inputs()[0].name
+
+    def call(batch: Any) -> torch.Tensor:
+        return torch.from_numpy(session.run(None, {name: batch})[0])
+
+    return call
+
+
+def _onnx(model: nn.Module, sample: torch.Tensor) -> bytes:
+    """The model as ONNX bytes, by the tracing exporter: it folds the batch norms, and needs no onnxscript."""
+    file = io.BytesIO()
+    quiet = logging.getLogger("torch.onnx")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(copy.deepcopy(model), (sample,), file, dynamo=False)
+    finally:
+        quiet.setLevel(level)
+    return file.getvalue()
+
+
+def tensorrt_reason(device: str, dtype: str) -> str | None:
+    """Why TensorRT cannot run here, or None."""
+    if device != "cuda":
+        return "runs on CUDA only"
+    absent = [name for name in ("tensorrt", "torch_tensorrt") if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(absent)}" if absent else None
+
+
+def build_tensorrt(model: nn.Module, sample: torch.Tensor) -> Call:
+    """Compiles with torch_tensorrt in the sample's dtype."""
+    import torch_tensorrt
+
+    return torch_tensorrt.compile(copy.deepcopy(model), ir="dynamo", inputs=[sample], min_block_size=1,
+                                  enabled_precisions={sample.dtype})

@@ -1,0 +1,170 @@
+"""Everything that can run a model, under one interface: stock PyTorch, its compilers, the peers and us.
+
+A provider says why it is unavailable, turns a stock model into a callable, and turns a batch into the
+form that it likes best (memory format, numpy); that preparation is not timed, as a data loader would
+do it. Weights and input are rounded to the row's dtype before any provider sees them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fused_resnet import backends
+from fused_resnet.bench import peers
+from fused_resnet.fusing import fuse, report
+
+Call = Callable[[Any], Any]
+
+
+def _always(device: str, dtype: str) -> str | None:
+    return None
+
+
+def _same(batch: torch.Tensor) -> Any:
+    return batch
+
+
+def channels_last(batch: torch.Tensor) -> Any:
+    """The batch in channels_last memory."""
+    return batch.to(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to run a model."""
+
+    name: str
+    build: Callable[[nn.Module, torch.Tensor], Call]  # (stock model in eval mode, sample batch) -> callable
+    reason: Callable[[str, str], str | None] = _always  # (device, dtype) -> why it cannot run here, or None
+    prepare: Callable[[torch.Tensor], Any] = _same
+    cost: float = 0.3  # seconds that building takes, roughly, for a ResNet-50: for planning a budget
+    counted: bool = True  # whether the profiler sees its launches on a CPU
+
+    @property
+    def ours(self) -> bool:
+        return self.name.split("_")[0] == "fused"
+
+    def backend(self, call: Call) -> str | None:
+        """The backends that a fused callable uses, most frequent first; None for the others."""
+        return getattr(call, "backend", None)
+
+
+def _copy_channels_last(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).to(memory_format=torch.channels_last)
+
+
+def _eager(model: nn.Module, sample: torch.Tensor) -> Call:
+    return model
+
+
+def _eager_channels_last(model: nn.Module, sample: torch.Tensor) -> Call:
+    return _copy_channels_last(model)
+
+
+def _compiled(**options: Any) -> Callable[[nn.Module, torch.Tensor], Call]:
+    def build(model: nn.Module, sample: torch.Tensor) -> Call:
+        call = torch.compile(_copy_channels_last(model), **options)
+        call(channels_last(sample))  # compiles
+        return call
+
+    return build
+
+
+class Fused:
+    """A fused copy of a model, on the chooser's backends or on a forced one."""
+
+    def __init__(self, model: nn.Module, forced: str | None) -> None:
+        self.model = fuse(model, memory_format=torch.channels_last)
+        self.forced = forced
+
+    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
+        if self.forced is None:
+            return self.model(batch)
+        with backends.use(self.forced):
+            return self.model(batch)
+
+    @property
+    def backend(self) -> str:
+        """The forced backend, else those that the report names, most frequent first."""
+        return self.forced or fused_backends(self.model)
+
+
+def fused_backends(model: nn.Module) -> str:
+    """The backends that a fused model's report names, most frequent first, joined by "+"."""
+    used = Counter(row.backend for row in report(model) if row.status == "fused" and row.backend)
+    return "+".join(name for name, _ in used.most_common()) or "none"
+
+
+def _fused(forced: str | None) -> Callable[[nn.Module, torch.Tensor], Call]:
+    return lambda model, sample: Fused(model, forced)
+
+
+def _backend_reason(name: str) -> Callable[[str, str], str | None]:
+    def reason(device: str, dtype: str) -> str | None:
+        if (name == "cpu") != (device == "cpu") and not (name == "triton" and backends.interpreting()):
+            return f"backend {name} does not run on {device}"
+        return backends.available()[name]
+
+    return reason
+
+
+def _needs_cuda(device: str, dtype: str) -> str | None:
+    return None if device == "cuda" else "runs on CUDA only"
+
+
+def _needs_compiler(device: str, dtype: str) -> str | None:
+    if device == "cuda":
+        return None
+    from torch._inductor import config
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception:
+        return f"inductor needs a C++ compiler ({config.cpp.cxx[1]})"
+    return None
+
+
+# In order of value: a budget that runs out drops the later ones.
+PROVIDERS = {p.name: p for p in (
+    Provider("eager", _eager),
+    Provider("eager_channels_last", _eager_channels_last, prepare=channels_last),
+    Provider("fused", _fused(None), prepare=channels_last),
+    Provider("inductor_freezing", _compiled(options={"freezing": True}), _needs_compiler, channels_last, 11.0, False),
+    Provider("openvino", peers.build_openvino, peers.openvino_reason, peers.to_numpy, 3.0, False),
+    Provider("onnxruntime", peers.build_onnxruntime, peers.onnxruntime_reason, peers.to_numpy, 2.0, False),
+    Provider("tensorrt", peers.build_tensorrt, peers.tensorrt_reason, channels_last, 60.0),
+    Provider("compile", _compiled(), _needs_compiler, channels_last, 9.0, False),
+    Provider("compile_max_autotune", _compiled(mode="max-autotune"), _needs_cuda, channels_last, 90.0),
+    *(Provider(f"fused_{name}", _fused(name), _backend_reason(name), channels_last)
+      for name in backends.NAMES if name != "reference"),
+)}
+
+
+def select(names: list[str] | None, device: str) -> list[Provider]:
+    """The providers to run, in order of value.
+
+    Without names: all, save a forced backend where it is the only one, for that would repeat `fused`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if names:
+        unknown = [name for name in names if name not in PROVIDERS]
+        if unknown:
+            raise ValueError(f"unknown provider {unknown[0]!r}, expected some of {', '.join(PROVIDERS)}")
+        return [PROVIDERS[name] for name in PROVIDERS if name in names]
+    forced = [p for p in PROVIDERS.values() if p.ours and p.name != "fused" and p.reason(device, "fp32") is None]
+    return [p for p in PROVIDERS.values() if not (p.ours and p.name != "fused") or (p in forced and len(forced) > 1)]
+
+
+def forget_compiled() -> None:
+    """Drops torch.compile's caches: many models through one code object would meet its recompile limit."""
+    torch.compiler.reset()

@@ -1,0 +1,232 @@
+"""Runs jobs within a time budget: build, compare with fp64, count launches, time in random order, make rows."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fused_resnet import numerics
+from fused_resnet.bench import launches, pictures, timing
+from fused_resnet.bench.providers import Call, Provider, forget_compiled
+from fused_resnet.bench.results import EAGER, Row
+
+# Slack of a whole network's relative rms error, on top of twice stock's own: fp32 leaves room for one Winograd
+# convolution after another in a peer, 16-bit for one more rounding at the end.
+SLACK = {"fp32": 1e-5, "tf32": 2e-3, "fp16": 2.0**-10, "bf16": 2.0**-7}
+ROUNDS_WANTED = 5
+TIMING_CAP = 15.0  # seconds of timing after which a job's medians no longer move
+
+
+@dataclass(frozen=True)
+class Job:
+    """One group of rows: a model at a batch and dtype on a device."""
+
+    model: str
+    batch: int
+    dtype: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.dtype} batch {self.batch} {self.device}"
+
+
+@dataclass
+class Entry:
+    """A provider within a job, from its build to its row."""
+
+    provider: Provider
+    row: Row
+    call: Call | None = None
+    inputs: list[Any] = field(default_factory=list)
+    launches: Counter[str] | None = None
+    warm_ms: float = 0.0
+
+
+@dataclass
+class Group:
+    """What a job gives: its rows with the launch counts, and what was left out and why."""
+
+    job: Job
+    entries: list[Entry]
+    left_out: dict[str, str]
+    rounds: int = 0
+
+    @property
+    def rows(self) -> list[Row]:
+        return [entry.row for entry in self.entries]
+
+
+Tell = Callable[[str, float], None]  # (what is being done, share of the job that is done)
+
+
+def jobs(models: Sequence[str], batches: Sequence[int], dtypes: Sequence[str], devices: Sequence[str]) -> list[Job]:
+    """All combinations, most valuable first: the largest batch and the first dtype of every model lead."""
+    large_first = sorted(set(batches), reverse=True)
+    rank = {Job(m, b, d, dev): (large_first.index(b) + list(dtypes).index(d), list(devices).index(dev))
+            for b in large_first for d in dtypes for dev in devices for m in models}
+    return sorted(rank, key=lambda job: rank[job])
+
+
+class Session:
+    """Runs jobs one after the other and shares the budget between them.
+
+    Args:
+        models: name -> stock model in eval mode, fp32, on the CPU, calibrated.
+        images: [n, 3, H, W] fp32 pictures that every job's batches come from.
+        providers: in order of value; those whose build no longer fits a job's share are left out and named.
+        budget: seconds for all jobs together. Every job gets its eager and fused rows whatever the budget.
+        tell: receives progress.
+    """
+
+    def __init__(self, models: dict[str, nn.Module], images: torch.Tensor, providers: Sequence[Provider],
+                 budget: float, tell: Tell = lambda what, share: None) -> None:
+        self.models, self.images, self.providers, self.tell = models, images, providers, tell
+        self.deadline = time.perf_counter() + budget
+        self.costs = {p.name: p.cost for p in providers}
+        self.peaks: dict[tuple[str, str], float] = {}
+
+    def run(self, todo: Sequence[Job]) -> Iterator[Group]:
+        """Yields each job's group as soon as it is complete, so that the caller can write it down."""
+        for index, job in enumerate(todo):
+            left = self.deadline - time.perf_counter()
+            yield self._run(job, max(0.0, left) / (len(todo) - index))
+
+    @torch.no_grad()
+    def _run(self, job: Job, share: float) -> Group:
+        forget_compiled()
+        end = time.perf_counter() + share
+        model = copy.deepcopy(self.models[job.model]).to(job.device, numerics.DTYPES[job.dtype]).eval()
+        image_bytes = self.images[0].numel() * (4 if job.dtype in ("fp32", "tf32") else 2)
+        count = timing.pool_size(job.batch * image_bytes, job.device)
+        pool = [b.to(job.device, numerics.DTYPES[job.dtype]) for b in
+                pictures.batches(self.images, job.batch, count)]
+        group = Group(job, [], {})
+        with precision(job.dtype):
+            self.tell(f"{job}: fp64 reference", 0.0)
+            reference = copy.deepcopy(model).double()(pool[0].double())
+            flops = _flops(model, pool[0])
+            for index, provider in enumerate(self.providers):
+                reason = provider.reason(job.device, job.dtype) or self._too_late(group, provider, end)
+                if reason is not None:
+                    group.left_out[provider.name] = reason
+                    continue
+                self.tell(f"{job}: {provider.name}", 0.7 * index / len(self.providers))
+                started = time.perf_counter()
+                group.entries.append(_prepare(job, provider, model, pool, reference, group.entries))
+                self.costs[provider.name] = 0.5 * self.costs[provider.name] + 0.5 * (time.perf_counter() - started)
+            self._time(group, end)
+        _fill(group, flops, self._peak(job))
+        return group
+
+    def _too_late(self, group: Group, provider: Provider, end: float) -> str | None:
+        if provider.name in EAGER or provider.ours:
+            return None
+        rounds = ROUNDS_WANTED * sum(timing.PAUSE + 2e-3 * e.warm_ms for e in group.entries)
+        late = time.perf_counter() + self.costs[provider.name] + rounds > end
+        return "the time budget is spent" if late else None
+
+    def _time(self, group: Group, end: float) -> None:
+        running = {e.provider.name: e for e in group.entries if e.row.status == "ok" and e.call is not None}
+        if not running:
+            return
+        self.tell(f"{group.job}: timing {len(running)} providers", 0.7)
+        samples = timing.measure(
+            {name: e.call for name, e in running.items() if e.call}, {name: e.inputs for name, e in running.items()},
+            device=group.job.device, budget=min(TIMING_CAP, end - time.perf_counter()),
+            on_round=lambda share: self.tell(f"{group.job}: timing {len(running)} providers", 0.7 + 0.3 * share))
+        group.rounds = len(next(iter(samples.values())))
+        eager = [name for name in EAGER if name in samples]
+        best = min(eager, key=lambda name: timing.percentiles(samples[name])[1], default=None)
+        for name, entry in running.items():
+            p20, p50, p80 = timing.percentiles(samples[name])
+            entry.row = replace(entry.row, ms_p20=p20, ms_p50=p50, ms_p80=p80,
+                                images_per_s=group.job.batch / p50 * 1e3,
+                                vs_stock=timing.paired_ratio(samples[best], samples[name]) if best else None)
+            entry.call = None
+
+    def _peak(self, job: Job) -> float:
+        key = (job.dtype, job.device)
+        if key not in self.peaks:
+            with precision(job.dtype):
+                self.peaks[key] = timing.matmul_peak(numerics.DTYPES[job.dtype], job.device)
+        return self.peaks[key]
+
+
+@contextlib.contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """Allows TF32 for a tf32 row and forbids it for every other."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _prepare(job: Job, provider: Provider, model: nn.Module, pool: list[torch.Tensor], reference: torch.Tensor,
+             before: Sequence[Entry]) -> Entry:
+    """Builds one provider, compares its output, counts its launches and peak memory."""
+    row = Row("model", job.model, job.batch, job.dtype, job.device, provider.name)
+    entry = Entry(provider, row)
+    try:
+        call = provider.build(model, pool[0])
+        entry.inputs = [provider.prepare(batch) for batch in pool]
+        error = numerics.measure(logits(call(entry.inputs[0])).to(reference.device), reference)
+        own = [e.row.rel_error for e in before if e.row.provider in EAGER and e.row.rel_error is not None]
+        row = replace(row, rel_error=error.rel if math.isfinite(error.rel) else None, backend=provider.backend(call))
+        allowed = allowed_error(job.dtype, min(own, default=error.rel))
+        if not error.nonfinite_match or not error.rel <= allowed:
+            reason = f"error {error.rel:.3g} against fp64, allowed {allowed:.3g}"
+            entry.row = replace(row, status="wrong", reason=reason)
+            return entry
+        with timing.PeakMemory(job.device) as peak:
+            started = time.perf_counter()
+            call(entry.inputs[-1])
+        entry.warm_ms = (time.perf_counter() - started) * 1e3
+        if provider.counted or job.device == "cuda":
+            entry.launches = launches.count(lambda: call(entry.inputs[0]), device=job.device)
+        entry.row = replace(row, peak_mem_mb=peak.mb, launches=entry.launches and sum(entry.launches.values()))
+        entry.call = call
+    except Exception as error:  # a peer's failure is its row's business, the others go on
+        entry.row = replace(row, status="failed", reason=one_line(error))
+    return entry
+
+
+def allowed_error(dtype: str, stock: float) -> float:
+    """Relative rms error up to which a whole network counts as right, given stock's own error."""
+    return 2 * stock + SLACK[dtype]
+
+
+def logits(output: Any) -> torch.Tensor:
+    """The logits of a plain network or of one that returns a Hugging Face output or a tuple."""
+    if isinstance(output, torch.Tensor):
+        return output
+    return output.logits if hasattr(output, "logits") else logits(output[0])
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as one short line."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}"[:200]
+
+
+def _flops(model: nn.Module, sample: torch.Tensor) -> int:
+    with FlopCounterMode(display=False) as counter:
+        model(sample)
+    return counter.get_total_flops()
+
+
+def _fill(group: Group, flops: int, peak: float) -> None:
+    for entry in group.entries:
+        if entry.row.ms_p50:
+            entry.row = replace(entry.row, roofline_share=flops / entry.row.ms_p50 / 1e6 / peak)
