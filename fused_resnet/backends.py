@@ -19,7 +19,7 @@ import os
 import platform
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class Choice:
 
 class _State(threading.local):
     forced: str | None = None
+    last: str = ""  # what ran the last problem
 
 
 _state = _State()
@@ -145,19 +146,31 @@ def run(family: str, problem: ConvProblem, operands: Any, finite: bool = False) 
         finite: the caller has made sure that the operands hold neither NaN nor Inf.
     """
     choice = choose(family, problem)
-    if choice.needs_finite and not finite and not all_finite(operands.x, operands.residual):
-        return _references[family](problem, operands)
-    result = choice.forward(problem, operands)
+    _state.last = choice.name
+    result = NotImplemented
+    if finite or not choice.needs_finite or all_finite(operands.x, operands.residual):
+        result = choice.forward(problem, operands)
     if result is NotImplemented:
+        _state.last = "reference"
         return _references[family](problem, operands)
     if not choice.trusted:
         return _self_check(family, choice, problem, operands, result)
     return result
 
 
+def last() -> str:
+    """The backend that ran this thread's last problem."""
+    return _state.last
+
+
 def all_finite(*tensors: torch.Tensor | None) -> bool:
     """Whether no tensor holds NaN or Inf, at the price of one sum each."""
     return all(t is None or math.isfinite(t.sum(dtype=torch.float32).item()) for t in tensors)
+
+
+def forget(tensors: Iterable[torch.Tensor]) -> int:
+    """Drops every packed or folded weight made from `tensors`; returns how many there were."""
+    return importlib.import_module("fused_resnet.kernels.packing").drop(tensors)
 
 
 def reset() -> None:

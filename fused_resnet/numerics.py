@@ -102,3 +102,15 @@ def check(result: torch.Tensor, stock: torch.Tensor, reference: torch.Tensor, *,
         return Bound(error, own, 2 * own.max + 0.5 * order * own.ref_max, 1.1 * own.rms + 0.4 * order * own.ref_rms)
     slack = 0.3 * EPS[dtype] * own.ref_rms if folded else 0.0
     return Bound(error, own, 2 * own.max + flash_atol(reference, DTYPES[dtype]), 1.1 * own.rms + slack)
+
+
+def check_network(result: torch.Tensor, stock: torch.Tensor, reference: torch.Tensor, *, dtype: str) -> Bound:
+    """Judges a whole network's outputs: `check` with room for what a deep net makes of each layer's rounding.
+
+    A network amplifies the rounding of its first layers, of the fused and of the stock run alike but
+    not equally, so each may come out ahead: a factor of 2 in rms and 3 in max around stock's own
+    error, and an absolute term for nets so shallow or so lucky that stock's error is next to none.
+    """
+    error, own = measure(result, reference), measure(stock, reference)
+    floor = 32 * EPS[dtype] if dtype in ("fp32", "fp64") else EPS[dtype]
+    return Bound(error, own, 3 * own.max + floor * own.ref_max, 2 * own.rms + floor * own.ref_rms)

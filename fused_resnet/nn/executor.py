@@ -177,7 +177,7 @@ def launch(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None, activation:
     shape = family.output_shape(x, weight, conv.stride, conv.padding, conv.dilation)
     if shape is None or (residual is not None and residual.shape != shape):
         return None
-    return family.run(*args, finite) if not torch.compiler.is_compiling() else family.OP(*args)
+    return family.run(*args, finite)
 
 
 def vectors(norm: nn.Module) -> tuple:
@@ -218,6 +218,8 @@ def run(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None = None, activat
     Raises:
         whatever the modules raise.
     """
+    if torch.compiler.is_compiling():  # the compiler fuses the stock modules its own way
+        return stock(x, conv, norm, activation, residual, prologue)
     reason = None
     if not state.inside:
         tensors = (x,) if residual is None else (x, residual)
@@ -241,7 +243,7 @@ def planned(forward: Callable[[Any, torch.Tensor], torch.Tensor]) -> Callable[[A
 
     @functools.wraps(forward)
     def region(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        if state.inside or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or state.inside:
             return forward(self, x)
         if self.training or ambient((x,), self.parameters) is not None or x.dim() != 4:
             return forward(self, x)

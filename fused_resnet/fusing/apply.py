@@ -1,0 +1,138 @@
+"""fuse, unfuse, refresh: plans are attached to modules and taken off again; nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx, nn
+
+from fused_resnet import backends
+from fused_resnet.fusing import match
+from fused_resnet.fusing.capture import Refused, capture, shadow
+from fused_resnet.fusing.plan import Plan, build
+
+NOTES = "_fused_resnet_notes"
+NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+@dataclass
+class Notes:
+    """What `fuse` found out, kept on the root for `report`."""
+
+    convs: dict[str, str] = field(default_factory=dict)  # name of a convolution -> why it was left alone
+    modules: dict[str, str] = field(default_factory=dict)  # name of a module -> why it has no plan
+
+
+def fuse(model: nn.Module, *, inplace: bool = False, filter: Callable[[str, nn.Module], bool] | None = None,
+         strict: bool = False, memory_format: torch.memory_format | None = None) -> nn.Module:
+    """Gives every module whose forward is understood a plan that runs convolution + norm + add + activation at once.
+
+    Modules, classes, parameters and state-dict keys stay; only how `forward` is carried out changes,
+    and only for inference (eval mode, no gradients). See `report` for what was fused and why the
+    rest was not.
+
+    Args:
+        model: any module; its convolutions may be anywhere inside.
+        inplace: attach to `model` itself; default is a deep copy.
+        filter: `filter(qualified_name, module)`; modules for which it is False stay stock, with all inside them.
+        strict: raise if any convolution is left alone.
+        memory_format: torch.channels_last gives results in channels_last memory. By default they
+            have the strides that the stock model gives.
+
+    Returns:
+        The fused model.
+
+    Raises:
+        ValueError: `model` is no module that can be fused, an unknown memory_format, or, with
+            strict, the list of what was skipped.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(f"fuse() takes an nn.Module that is not scripted, got {type(model).__name__}")
+    if memory_format not in (None, torch.contiguous_format, torch.channels_last):
+        raise ValueError(f"memory_format must be torch.channels_last or None, got {memory_format}")
+    fused = unfuse(model if inplace else copy.deepcopy(model))
+    notes = Notes()
+    _attach(fused, filter, memory_format is torch.channels_last, notes)
+    fused.__dict__[NOTES] = notes
+    if strict:
+        from fused_resnet.fusing.report import report
+
+        skipped = [row for row in report(fused) if row.status != "fused"]
+        if skipped:
+            raise ValueError("not everything could be fused:\n" + "\n".join(f"  {r.name}: {r.reason}" for r in skipped))
+    return fused
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Takes every plan off `model` (in place) and returns it: the stock model with the same parameters."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), Plan):
+            del module.__dict__["forward"]
+    model.__dict__.pop(NOTES, None)
+    return model
+
+
+def refresh(model: nn.Module) -> int:
+    """Drops packed and folded weights after writes that PyTorch cannot see (`.data.copy_`, numpy).
+
+    Returns:
+        How many were dropped; they are made afresh at the next call.
+    """
+    return backends.forget([*model.parameters(), *model.buffers()])
+
+
+def plans(model: nn.Module) -> dict[str, Plan]:
+    """The plans attached in `model`, outermost first, by the name of their module."""
+    found = {name: module.__dict__.get("forward") for name, module in model.named_modules()}
+    return {name: plan for name, plan in found.items() if isinstance(plan, Plan)}
+
+
+def _attach(model: nn.Module, allowed: Callable[[str, nn.Module], bool] | None, keep: bool, notes: Notes) -> None:
+    try:
+        twin = shadow(model)
+    except Exception as error:  # whatever a user's __deepcopy__ raises
+        notes.modules[""] = f"the model cannot be copied for tracing: {error}"
+        return
+    opaque: set[str] = set()
+    if allowed is not None:
+        opaque = {name for name, module in model.named_modules() if not allowed(name, module)}
+        notes.modules.update((name, "left out by the filter") for name in opaque)
+    modules = dict(model.named_modules())
+    for name, module in reversed(modules.items()):  # children before parents
+        if name in opaque or isinstance(module, NEVER_CALLED) or _plain(module):
+            continue
+        if any(name.startswith(f"{parent}.") for parent in opaque if notes.modules.get(parent) == "left out by the filter"):
+            continue
+        prefix = f"{name}." if name else ""
+        inside = {other[len(prefix):] for other in opaque if other.startswith(prefix)}
+        try:
+            plan, reasons = _plan(module, twin.get_submodule(name), inside, keep, prefix)
+        except Refused as refusal:
+            notes.modules[name] = str(refusal)
+            opaque.add(name)
+            continue
+        notes.convs.update((f"{prefix}{conv}", reason) for conv, reason in reasons.items())
+        if plan is not None:
+            module.__dict__["forward"] = plan
+
+
+def _plain(module: nn.Module) -> bool:
+    """A leaf of torch.nn: always a node of its own, nothing to capture."""
+    return type(module).__module__.startswith("torch.nn") and not any(True for _ in module.children())
+
+
+def _plan(module: nn.Module, twin: nn.Module, opaque: set[str], keep: bool, prefix: str) -> tuple[Plan | None, dict]:
+    graph, inlined = capture(twin, opaque)
+
+    def lookup(node: fx.Node) -> nn.Module | None:
+        return twin.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    match.check_inplace(graph, lookup)
+    match.drop_identities(graph, lookup)
+    found, reasons = match.find(graph, lookup)
+    why = {str(conv.target): reason for conv, reason in reasons.items()}
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    return (build(module, graph, found, inlined, keep, prefix) if found and inputs else None), why

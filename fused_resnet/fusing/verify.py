@@ -1,0 +1,61 @@
+"""verify: the fused model's error beside the stock model's own, both against fp64."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fused_resnet import numerics
+from fused_resnet.fusing.apply import unfuse
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Errors of both models against an fp64 run of the stock model; true when the fused one is as good."""
+
+    dtype: str
+    fused: numerics.Error
+    stock: numerics.Error
+    bound: numerics.Bound
+
+    def __bool__(self) -> bool:
+        return self.bound.ok
+
+    def __str__(self) -> str:
+        return (f"{'ok' if self else 'WRONG'}: relative rms error {self.fused.rel:.2e} fused, {self.stock.rel:.2e} stock "
+                f"({self.dtype}, against fp64); {self.bound}")
+
+
+def verify(model: nn.Module, fused: nn.Module, sample: Any) -> Verification:
+    """Runs stock, fused and fp64 stock on `sample` and compares.
+
+    Args:
+        model: the stock model, in eval mode.
+        fused: what `fuse` made of it.
+        sample: the input tensor, or a tuple of inputs, in the dtype that the models take.
+
+    Raises:
+        ValueError: the models are in training mode, or their outputs hold no floating-point tensor.
+    """
+    if model.training or fused.training:
+        raise ValueError("verify() compares inference: call .eval() on both models first")
+    inputs = sample if isinstance(sample, tuple) else (sample,)
+    with torch.no_grad():
+        exact = unfuse(copy.deepcopy(model)).double()
+        wide = tuple(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+        reference, stock, result = _flat(exact(*wide)), _flat(model(*inputs)), _flat(fused(*inputs))
+    dtype = numerics.NAMES[next(x.dtype for x in inputs if isinstance(x, torch.Tensor))]
+    bound = numerics.check_network(result, stock, reference, dtype=dtype)
+    return Verification(dtype, bound.error, bound.stock, bound)
+
+
+def _flat(output: Any) -> torch.Tensor:
+    leaves = [t for t in torch.utils._pytree.tree_leaves(output)
+              if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    if not leaves:
+        raise ValueError(f"the model returns no floating-point tensor but {type(output).__name__}")
+    return torch.cat([t.flatten().double() for t in leaves])
