@@ -11,7 +11,7 @@ One file a stage, OUT/<stage>.json. A run goes on where the last one stopped; se
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import importlib
 import itertools
 import subprocess
@@ -25,9 +25,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.sheet import ROOT, DeviceLost, Job, Sheet, describe, rows_for, sources, work
-from fused_resnet import backends, numerics
-from fused_resnet.bench import results, timing
+from benchmarks.sheet import ROOT, DeviceLost, Job, Sheet, describe, pending, rows_for, sources, work
+from benchmarks.warm import ahead
+from fused_resnet import backends, models, numerics
+from fused_resnet.bench import pictures, providers, results, session, timing
+from fused_resnet.bench.session import precision
 from fused_resnet.problem import ConvOperands, ConvProblem
 from fused_resnet.testing import cases, inputs
 from fused_resnet.testing.memory import guarded, poisoned
@@ -36,23 +38,13 @@ Rows = Iterator[dict[str, Any]]
 COMMITTED = ROOT / "benchmarks" / "results" / "h200"
 DTYPES = ("bf16", "fp16", "tf32", "fp32")
 KERNELS = ("triton", "cudnn")
+BENCH_SECONDS = 60.0  # for all providers of one model, batch and dtype
 REPEATS = 10  # launches in one timed graph: replaying costs as much host time as a small layer runs
 
 
 def kernel(backend: str) -> Any:
     """The module that computes conv_bn_act on `backend`."""
     return importlib.import_module(f"fused_resnet.kernels.{backend}.conv_bn_act")
-
-
-@contextlib.contextmanager
-def precision(dtype: str) -> Iterator[None]:
-    """Lets cuDNN and cuBLAS use TF32 for "tf32" rows and only for them."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def key(problem: ConvProblem, model: str, provider: str | None = None, **more: Any) -> dict[str, Any]:
@@ -108,7 +100,8 @@ def check_jobs(arch: int) -> list[Job]:
             seen.add((problem, backend))
             worth = value - 0.1 * DTYPES.index(dtype) - 0.5 * KERNELS.index(backend)
             jobs.append(Job(key(problem, name, f"fused_{backend}"),
-                            lambda p=problem, b=backend: check_one(p, b), worth, 5))
+                            lambda p=problem, b=backend: check_one(p, b), worth, 5,
+                            ((problem, None),) if backend == "triton" else ()))
     return [*jobs, Job({"level": "tests", "model": "tests/gpu"}, run_tests, 7, 150)]
 
 
@@ -134,9 +127,9 @@ def candidates(problem: ConvProblem, arch: int) -> list[Any]:
         grid = [replace(base, BLOCK_M=m, BLOCK_N=n) for m in (16, 32, 64) for n in (32, 64, 128)]
     else:
         grid = [Tile("gemm", m, n, k, warps, stages, SWAP=swap) for m, n, k, warps, stages, swap in itertools.product(
-            (64, 128, 256), (32, 64, 128, 256), {base.BLOCK_K, min(base.BLOCK_K, 32)}, (4, 8), (3, 4), (False, True))
-            if n < 2 * problem.K and m * n >= 4096 and (warps == 8) == (m * n > 128 * 128 or problem.R == 1)
-            and (not swap or n <= 64)]
+            (64, 128, 256), (32, 64, 128, 256), {base.BLOCK_K, min(base.BLOCK_K, 32)}, (4, 8), (4,), (False, True))
+            if n < 2 * problem.K and m * n >= 4096 and (warps == 8) == (m * n > 128 * 128) and (not swap or n == 64)]
+        grid += [replace(base, num_stages=stages) for stages in (2, 3, 5)] + [replace(base, num_warps=8)]
     same = {tuple(asdict(replace(tile, label="")).values()): tile for tile in [*grid, base]}
     rest = [tile for tile in same.values() if tile != base and legal(tile, problem, arch) is None]
     return [base, *rest]
@@ -210,7 +203,7 @@ def tune_jobs(arch: int) -> list[Job]:
                 seen.add(problem)
                 weight = min(2.0, count * problem.flops / n / 1e9)
                 jobs.append(Job(key(problem, name, graph=True), lambda p=problem: tune_one(p, arch),
-                                worth + share + weight, 45))
+                                worth + share + weight, 30, tuple((problem, t) for t in candidates(problem, arch))))
     return jobs
 
 
@@ -225,21 +218,43 @@ def learn(rows: list[dict[str, Any]]) -> int:
 
 
 def bench_jobs(arch: int) -> list[Job]:
-    """Whole models: ResNet-50 and ResNet-18 in the four dtypes at the batches that people serve and evaluate at."""
+    """Whole models, most used first: in the four dtypes, at batch 256, 32 and 1."""
     jobs = []
     for (model, a), (dtype, b), (batch, c) in itertools.product(
             (("resnet50", 6), ("resnet18", 5), ("resnext50_32x4d", 2), ("wide_resnet50_2", 1)),
             (("bf16", 3), ("fp16", 2), ("tf32", 1), ("fp32", 0)), ((256, 3), (32, 2.5), (1, 2))):
-        group = {"level": "model", "model": model, "problem": None, "batch": batch, "dtype": dtype, "device": "cuda"}
-        jobs.append(Job(group, lambda g=group: bench_one(g), a + b + c, 60))
+        group = session.Job(model, batch, dtype, "cuda")
+        jobs.append(Job({"level": "model", "problem": None, **asdict(group)}, lambda g=group: bench_one(g),
+                        a + b + c, BENCH_SECONDS + 10))
     return jobs
 
 
-def bench_one(group: dict[str, Any]) -> Rows:
-    """Every provider of the command line on one model, batch and dtype."""
-    from benchmarks.models import run_group
+@functools.cache
+def photographs(count: int) -> torch.Tensor:
+    """The pictures that every model runs on."""
+    return pictures.load(count)
 
-    yield from run_group(group["model"], group["batch"], group["dtype"])
+
+@functools.cache
+def network(name: str) -> torch.nn.Module:
+    """Random weights, batch norms calibrated on the pictures."""
+    torch.manual_seed(0)
+    return pictures.calibrate(getattr(models, name)().eval(), photographs(16))
+
+
+def bench_one(job: session.Job) -> Rows:
+    """Every provider of the command line on one model, batch and dtype."""
+    try:
+        run = session.Session({job.model: network(job.model)}, photographs(max(16, job.batch)),
+                              providers.select(None, job.device), BENCH_SECONDS)
+        rows = [row for group in run.run([job]) for row in group.rows]
+    except Exception as error:
+        rows = [results.Row("model", job.model, job.batch, job.dtype, job.device, "fused", status="failed",
+                            reason=session.one_line(error))]
+    for row in rows:
+        if row.reason:
+            print(f"{row.provider}: {row.reason}")
+        yield {name: getattr(row, name) for name in results.FIELDS}
 
 
 STAGES = {"check": check_jobs, "tune": tune_jobs, "bench": bench_jobs}
@@ -277,7 +292,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.stage == "bench":
             tuned = rows_for(args.out / "tune.json", environment) or rows_for(COMMITTED / "tune.json", environment)
             print(f"{learn(tuned)} tuned problems in use")
-        left = work(STAGES[args.stage](arch), sheet, args.budget, alive=torch.cuda.synchronize)
+        jobs = pending(STAGES[args.stage](arch), sheet)
+        print(f"{len(sheet.rows)} rows are there, {len(jobs)} jobs to do", flush=True)
+        with ahead(pair for job in jobs for pair in job.kernels):
+            left = work(jobs, sheet, args.budget - (time.monotonic() - start), alive=torch.cuda.synchronize)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

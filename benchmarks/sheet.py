@@ -32,13 +32,15 @@ class Job:
     """One piece of work that gives rows.
 
     `key` says which rows are its own: a row with the same fields means that the job is done. `run` returns them
-    without those fields. Larger `value` goes first; `seconds` is what it is expected to take.
+    without those fields. Larger `value` goes first; `seconds` is what it is expected to take; `kernels` are the
+    (problem, tile) pairs that can be compiled ahead.
     """
 
     key: Mapping[str, Any]
     run: Callable[[], Iterable[Mapping[str, Any]]]
     value: float = 0.0
     seconds: float = 5.0
+    kernels: tuple[tuple[Any, Any], ...] = ()
 
 
 @dataclass
@@ -126,6 +128,11 @@ def sources() -> str:
     return digest.hexdigest()[:12]
 
 
+def pending(jobs: Iterable[Job], sheet: Sheet) -> list[Job]:
+    """The jobs without rows in the sheet, most valuable first."""
+    return [job for job in sorted(jobs, key=lambda job: -job.value) if not sheet.find(job.key)]
+
+
 def work(jobs: Iterable[Job], sheet: Sheet, budget: float, *, now: Callable[[], float] = time.monotonic,
          alive: Callable[[], None] = lambda: None, say: Callable[[str], None] = print) -> list[Job]:
     """Runs the jobs that are not done, most valuable first, until the budget is nearly used.
@@ -148,9 +155,7 @@ def work(jobs: Iterable[Job], sheet: Sheet, budget: float, *, now: Callable[[], 
         DeviceLost: `alive` raised; the failed row is in the sheet, so the next run passes the job over.
     """
     end, left = now() + budget - RESERVE, []
-    for job in sorted(jobs, key=lambda job: -job.value):
-        if sheet.find(job.key):
-            continue
+    for job in pending(jobs, sheet):
         if now() + job.seconds > end:
             left.append(job)
             continue
