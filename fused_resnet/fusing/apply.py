@@ -130,8 +130,8 @@ def _plan(module: nn.Module, twin: nn.Module, opaque: set[str], keep: bool, pref
     def lookup(node: fx.Node) -> nn.Module | None:
         return twin.get_submodule(str(node.target)) if node.op == "call_module" else None
 
-    match.check_inplace(graph, lookup)
     match.drop_identities(graph, lookup)
+    match.check_inplace(graph, lookup)
     found, reasons = match.find(graph, lookup)
     why = {str(conv.target): reason for conv, reason in reasons.items()}
     inputs = [node for node in graph.nodes if node.op == "placeholder"]

@@ -8,12 +8,14 @@ managers, type tests), and the tracing tensors refuse to be asked for their type
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dis
 import inspect
 import operator
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -107,7 +109,8 @@ def capture(module: nn.Module, opaque: set[str]) -> tuple[fx.Graph, list[str]]:
     examine(module)
     tracer = _Tracer(opaque)
     try:
-        graph = tracer.trace(module)
+        with _watching():
+            graph = tracer.trace(module)
     except Refused:
         raise
     except Exception as error:
@@ -127,44 +130,54 @@ def _attribute(module: nn.Module, path: str) -> Any:
 
 
 def examine(module: nn.Module) -> None:
-    """Reads the bytecode of a module's forward, and of what that calls.
+    """Reads the bytecode of a module's forward.
 
     Raises:
         Refused: it does something that a graph would forget.
     """
-    forward = type(module).forward
     if "forward" in module.__dict__:
         raise Refused("forward was replaced on the instance")
-    if module.__class__.__module__.split(".")[0] == "torch":
-        return
-    _examine(forward, type(module), set())
+    forward = inspect.unwrap(type(module).forward)
+    if not _ours(type(module).__module__) and isinstance(forward, types.FunctionType):
+        _scan(forward.__code__)
 
 
-def _examine(function: Any, owner: type | None, seen: set) -> None:
-    function = inspect.unwrap(function)
-    code = getattr(function, "__code__", None)
-    if code is None or code in seen:
-        return
-    seen.add(code)
-    names = _scan(code)
-    for name in names:
-        target = inspect.getattr_static(owner, name, None) if owner is not None else None
-        if isinstance(target, (staticmethod, classmethod)):
-            target = target.__func__
-        if not isinstance(target, types.FunctionType):
-            target = function.__globals__.get(name)
-        module = getattr(target, "__module__", None) or "torch"
-        if isinstance(target, types.FunctionType) and module.split(".")[0] not in ("torch", "fused_resnet"):
-            _examine(target, owner, seen)
+def _ours(module: str) -> bool:
+    """Whether a Python module is PyTorch, this package or the standard library: code that is known."""
+    root = module.split(".")[0]
+    return root in ("torch", "fused_resnet") or root in sys.stdlib_module_names
 
 
-def _scan(code: types.CodeType) -> set[str]:
-    """The names that `code` uses; raises Refused for what a graph would forget."""
+@contextlib.contextmanager
+def _watching() -> Iterator[None]:
+    """Examines every foreign function that runs inside: helpers, methods, decorators.
+
+    Raises:
+        Refused: at the end, if one of them does something that a graph would forget.
+    """
+    seen: dict[types.CodeType, str] = {}
+
+    def watch(frame: types.FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code not in seen:
+            seen[frame.f_code] = frame.f_globals.get("__name__") or "torch"
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+    for code, module in seen.items():
+        if not _ours(module):
+            _scan(code)
+
+
+def _scan(code: types.CodeType) -> None:
     names = set(code.co_names)
     if names & _TESTS:
-        raise Refused("forward tests types")
+        raise Refused(f"{code.co_name} tests types")
     if names & _CALLS:
-        raise Refused(f"forward calls {', '.join(sorted(names & _CALLS))}")
+        raise Refused(f"{code.co_name} calls {', '.join(sorted(names & _CALLS))}")
     before = ""
     for step in dis.get_instructions(code):
         reason = _EFFECTS.get(step.opname)
@@ -173,9 +186,8 @@ def _scan(code: types.CodeType) -> set[str]:
         if reason is None and step.opname == "POP_TOP" and before.startswith("CALL"):
             reason = "calls something for its effect"
         if reason is not None:
-            raise Refused(f"forward {reason}")
+            raise Refused(f"{code.co_name} {reason}")
         before = step.opname
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            names |= _scan(constant)
-    return names
+            _scan(constant)

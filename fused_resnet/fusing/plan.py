@@ -115,6 +115,10 @@ class Plan:
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(type(self.module).forward.__get__(self.module))
 
+    @property
+    def __code__(self) -> Any:  # torch.export asks where forward stands
+        return inspect.unwrap(type(self.module).forward).__code__
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = type(self.module).forward
         if torch.compiler.is_compiling() or executor.state.stock:
