@@ -42,6 +42,8 @@ lint: $(VENV)/.all  ## ruff, mypy, clang-format
 	if [ -n "$$sources" ]; then echo "clang-format --dry-run csrc"; $(BIN)/clang-format --dry-run --Werror $$sources; fi
 
 gpu:  ## all that needs a GPU: STAGE=check|tune|bench BUDGET=seconds OUT=folder; no set-up, no network
+	@$(PYTHON_GPU) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' || \
+		{ echo "make gpu needs a Python with PyTorch: make gpu PYTHON_GPU=..." >&2; exit 2; }
 	PYTHONPATH=. $(PYTHON_GPU) -m benchmarks.gpu --stage $(STAGE) --budget $(BUDGET) --out $(OUT) $(ARGS)
 
 clean:  ## remove the environment and everything that was built

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, sheet
+from benchmarks import gpu, sheet, tables
 from benchmarks.sheet import DeviceLost, Job, Sheet, work
+from fused_resnet import backends
 from fused_resnet.testing import cases
 
 HERE = {"gpu": "none", "torch": "1", "sources": "a"}
@@ -137,6 +138,33 @@ def test_the_check_sees_a_kernel_that_writes_nothing(monkeypatch):
     monkeypatch.setattr(kernel, "forward", lambda p, o: torch.empty_like(o.residual))
     row, = gpu.check_one(problem, "cpu")
     assert row["status"] == "wrong"
+
+
+def test_the_rows_of_a_model_are_those_that_the_readme_reads(tmp_path, monkeypatch):
+    select = gpu.providers.select
+    monkeypatch.setattr(gpu.providers, "select", lambda names, device: select(["eager", "fused"], device))
+    monkeypatch.setattr(gpu, "BENCH_SECONDS", 1.0)
+    monkeypatch.setattr(gpu, "photographs", lambda count: torch.randn(count, 3, 64, 64))
+    group = gpu.session.Job("resnet18", 2, "fp32", "cpu")
+    out = Sheet.open(tmp_path / "bench.json", {**HERE, "cpu": "Chip", "threads": 1}, "c")
+    work([Job({"level": "model"}, lambda: gpu.bench_one(group))], out, 60, say=lambda _: None)
+    assert [(row["provider"], row["status"]) for row in out.rows] == [("eager", "ok"), ("fused", "ok")], out.rows
+    assert "| **fused** |" in tables.section([out.path])
+
+
+def test_the_fastest_tile_wins_and_the_chooser_finds_it(monkeypatch):
+    monkeypatch.setattr(gpu.timing, "matmul_peak", lambda dtype, device: 1e6)
+    monkeypatch.setattr(backends, "device_name", lambda device: "GPU")
+    problem = cases.LAYERS["resnet50"][1][0]._replace(device="cuda", dtype="bf16")
+    slow, fast = gpu.candidates(problem, 90)[:2]
+    ways = {("eager_channels_last", "stock", None): 4.0, ("fused_triton", "triton", slow): 3.0,
+            ("fused_triton", "triton", fast): 2.0}
+    rows = list(gpu.layer_rows(problem, [], {way: [ms * gpu.REPEATS] * 3 for way, ms in ways.items()},
+                               dict.fromkeys(ways, 0.0)))
+    assert [row["ms_p50"] for row in rows] == [4.0, 3.0, 2.0] and [row["vs_stock"] for row in rows] == [1, 4 / 3, 2]
+    assert [row["winner"] for row in rows] == [False, False, True]
+    assert gpu.learn([{**gpu.key(problem, "resnet50"), **row} for row in rows]) == 1
+    assert backends.cache().get(f"tuned conv_bn_act {problem.id} GPU")["tile"] == gpu.asdict(fast)
 
 
 def test_every_job_has_a_key_of_its_own():
