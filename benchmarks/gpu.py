@@ -30,6 +30,7 @@ from benchmarks.warm import ahead
 from fused_resnet import backends, models, numerics
 from fused_resnet.bench import pictures, providers, results, session, timing
 from fused_resnet.bench.session import precision
+from fused_resnet.bench.stock import plain
 from fused_resnet.problem import ConvOperands, ConvProblem
 from fused_resnet.testing import cases, inputs
 from fused_resnet.testing.memory import guarded, poisoned
@@ -237,9 +238,9 @@ def photographs(count: int) -> torch.Tensor:
 
 @functools.cache
 def network(name: str) -> torch.nn.Module:
-    """Random weights, batch norms calibrated on the pictures."""
+    """The stock model with random weights, its batch norms calibrated on the pictures."""
     torch.manual_seed(0)
-    return pictures.calibrate(getattr(models, name)().eval(), photographs(16))
+    return pictures.calibrate(plain(getattr(models, name)()).eval(), photographs(16))
 
 
 def bench_one(job: session.Job) -> Rows:

@@ -29,6 +29,15 @@ def test_every_environment_variable_is_explained():
     assert {name for name in named if name not in README} == set()
 
 
+def test_the_example_runs(capsys):
+    pytest.importorskip("torchvision")
+    example = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+    assert len(example.splitlines()) <= 12
+    scope = {}
+    exec(example.replace("8, 3, 224, 224", "1, 3, 64, 64"), scope)
+    assert scope["y"].shape == (1, 1000) and "conv1" in capsys.readouterr().out
+
+
 def row(**values):
     return {**dict.fromkeys(FIELDS), "level": "model", "model": "resnet50", "batch": 8, "dtype": "fp32",
             "autocast": False, "device": "cpu", "mode": "inference", "graph": False, "provider": "eager",
