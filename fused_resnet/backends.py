@@ -148,6 +148,8 @@ def run(family: str, problem: ConvProblem, operands: Any, finite: bool = False) 
     choice = choose(family, problem)
     _state.last = choice.name
     result = NotImplemented
+    if operands.reuse and not choice.trusted:
+        operands = operands._replace(reuse=False)  # the self-check reads the residual again
     if finite or not choice.needs_finite or all_finite(operands.x, operands.residual):
         result = choice.forward(problem, operands)
     if result is NotImplemented:

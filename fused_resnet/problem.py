@@ -124,3 +124,4 @@ class ConvOperands(NamedTuple):
     pre_var: Any = None
     eps: float = 1e-5
     pre_eps: float = 1e-5
+    reuse: bool = False  # the result may be written over the residual, which nobody reads again

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import operator
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -72,10 +73,11 @@ class Launch:
     """One match: a fused launch, or its nodes one by one where the operands do not fit."""
 
     def __init__(self, name: str, pattern: str, conv: nn.Module, norm: nn.Module | None, activation: str,
-                 prologue: tuple[nn.Module, str] | None, x: int, residual: int | None, stock: list[Call], out: int):
+                 prologue: tuple[nn.Module, str] | None, x: int, residual: int | None, reuse: bool, stock: list[Call],
+                 out: int):
         self.name, self.pattern, self.out = name, pattern, out
         self.conv, self.norm, self.activation, self.prologue = conv, norm, activation, prologue
-        self.x, self.residual, self.stock = x, residual, stock
+        self.x, self.residual, self.reuse, self.stock = x, residual, reuse, stock
         self.frees: tuple[int, ...] = ()
         self.backend = ""
 
@@ -86,7 +88,7 @@ class Launch:
     def run(self, values: list, tidy: bool, finite: bool) -> Any:
         residual = None if self.residual is None else values[self.residual]
         out = executor.launch(values[self.x], self.conv, self.norm, self.activation, residual, self.prologue,
-                              finite)
+                              finite, self.reuse)
         if out is None:
             self.backend = "stock"
             for call in self.stock:
@@ -281,14 +283,17 @@ def build(module: nn.Module, graph: fx.Graph, matches: list[Match], inlined: lis
     for node in [*inputs, *(n for n in graph.nodes if n.op not in ("placeholder", "output"))]:
         slots[node] = len(slots)
     launches = {m.last: m for m in matches}
-    absorbed = {n for m in matches for n in m.nodes}
+    absorbed = {n: m for m in matches for n in m.nodes}
+    order = {n: i for i, n in enumerate(graph.nodes)}
     steps: list[Any] = []
     output: Any = None
     for node in graph.nodes:
         if node.op == "output":
             output = fx.node.map_arg(node.args[0], lambda n: Slot(slots[n]))
         elif node in launches:
-            steps.append(_launch(module, launches[node], slots, prefix))
+            match = launches[node]
+            reuse = match.residual is not None and _expendable(match, order, absorbed, lambda n: _live(module, n))
+            steps.append(_launch(module, match, slots, reuse, prefix))
         elif node.op != "placeholder" and node not in absorbed:
             steps.append(_call(module, node, slots))
     _free(steps, output, len(inputs))
@@ -313,20 +318,40 @@ def _call(module: nn.Module, node: fx.Node, slots: dict[fx.Node, int]) -> Any:
     return Call(node.op, target, tuple(args), dict(kwargs), slots[node], free)
 
 
-def _launch(module: nn.Module, match: Match, slots: dict[fx.Node, int], prefix: str) -> Launch:
-    def live(node: fx.Node | None) -> nn.Module | None:
-        return module.get_submodule(str(node.target)) if node is not None and node.op == "call_module" else None
-
+def _launch(module: nn.Module, match: Match, slots: dict[fx.Node, int], reuse: bool, prefix: str) -> Launch:
     def name(node: fx.Node | None) -> str:
-        return "identity" if node is None else activation_of(node, live(node)) or "identity"
+        return "identity" if node is None else activation_of(node, _live(module, node)) or "identity"
 
     prologue = None
     if match.prologue:
-        prologue = (live(match.prologue[0]), name(match.prologue[1] if len(match.prologue) > 1 else None))
-    return Launch(f"{prefix}{match.conv.target}", match.pattern, live(match.conv), live(match.norm),  # type: ignore
-                  name(match.activation), prologue, slots[match.x],
-                  None if match.residual is None else slots[match.residual],
+        prologue = (_live(module, match.prologue[0]), name(match.prologue[1] if len(match.prologue) > 1 else None))
+    return Launch(f"{prefix}{match.conv.target}", match.pattern, _live(module, match.conv),  # type: ignore
+                  _live(module, match.norm), name(match.activation), prologue, slots[match.x],
+                  None if match.residual is None else slots[match.residual], reuse,
                   [_call(module, n, slots) for n in match.nodes], slots[match.last])
+
+
+def _live(module: nn.Module, node: fx.Node | None) -> nn.Module | None:
+    return module.get_submodule(str(node.target)) if node is not None and node.op == "call_module" else None
+
+
+# Modules that read a tensor and make another, keeping nothing.
+_READERS = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+
+
+def _expendable(match: Match, order: dict[fx.Node, int], absorbed: dict[fx.Node, Match],
+                live: Callable[[fx.Node], nn.Module | None]) -> bool:
+    """Whether the residual of `match` is a tensor that only this plan knows and that dies with it."""
+    node = match.residual
+    made = absorbed.get(node)
+    if made is None and not (node.op == "call_module" and type(live(node)) in _READERS) or node is match.x:
+        return False
+
+    def reads(user: fx.Node) -> bool:
+        done = absorbed[user].last if user in absorbed else user
+        return (order[done] <= order[match.last] and (user in absorbed or type(live(user)) in _READERS))
+
+    return (made is None or made.last is node) and all(reads(user) for user in node.users)
 
 
 def _free(steps: list, output: Any, inputs: int) -> None:

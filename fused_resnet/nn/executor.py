@@ -138,7 +138,7 @@ TRAINING = "the norm is in training mode: the stock forward runs until training 
 
 
 def launch(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None, activation: str, residual: torch.Tensor | None,
-           prologue: tuple[nn.Module, str] | None, finite: bool) -> torch.Tensor | None:
+           prologue: tuple[nn.Module, str] | None, finite: bool, reuse: bool = False) -> torch.Tensor | None:
     """One fused launch from live submodules that `blocked` has passed; None where operands do not fit.
 
     Args:
@@ -146,6 +146,7 @@ def launch(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None, activation:
         activation: one of `problem.ACTIVATIONS`.
         prologue: (norm, activation) in front of the convolution.
         finite: x and residual are known to hold neither NaN nor Inf.
+        reuse: the result may be written over the residual, which nobody reads again.
     """
     weight, bias = conv._parameters["weight"], conv._parameters["bias"]
     gamma = beta = mean = var = p_gamma = p_beta = p_mean = p_var = None
@@ -177,7 +178,7 @@ def launch(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None, activation:
     shape = family.output_shape(x, weight, conv.stride, conv.padding, conv.dilation)
     if shape is None or (residual is not None and residual.shape != shape):
         return None
-    return family.run(*args, finite)
+    return family.run(*args, finite, reuse)
 
 
 def vectors(norm: nn.Module) -> tuple:

@@ -69,11 +69,12 @@ def _fake(x, weight, bias, gamma, beta, mean, var, residual, pre_gamma, pre_beta
 
 
 def run(x, weight, bias, gamma, beta, mean, var, residual, pre_gamma, pre_beta, pre_mean, pre_var, eps, pre_eps,
-        activation, prologue, stride, padding, dilation, groups, finite=False):
+        activation, prologue, stride, padding, dilation, groups, finite=False, reuse=False):
     """Chooses a kernel and launches it. Callers have checked shapes, dtypes and devices.
 
     Args:
         finite: the caller has made sure that x and residual hold neither NaN nor Inf.
+        reuse: the result may be written over the residual, which nobody reads again.
 
     The others are those of the operator; the result is [N, K, P, Q] in channels_last memory.
     """
@@ -90,7 +91,7 @@ def run(x, weight, bias, gamma, beta, mean, var, residual, pre_gamma, pre_beta, 
     if residual is not None and not residual.is_contiguous(memory_format=torch.channels_last):
         residual = residual.contiguous(memory_format=torch.channels_last)
     return backends.run(FAMILY, problem, ConvOperands(x, weight, bias, gamma, beta, mean, var, residual, pre_gamma,
-                                                      pre_beta, pre_mean, pre_var, eps, pre_eps), finite)
+                                                      pre_beta, pre_mean, pre_var, eps, pre_eps, reuse), finite)
 
 
 def _reference_of(problem: ConvProblem, o: ConvOperands) -> torch.Tensor:
