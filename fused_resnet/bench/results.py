@@ -68,6 +68,7 @@ class Row:
 FIELDS = ("level", "model", "problem", "batch", "dtype", "autocast", "device", "mode", "graph", "provider", "backend",
           "status", "ms_p20", "ms_p50", "ms_p80", "images_per_s", "vs_stock", "rel_error", "launches", "peak_mem_mb",
           "roofline_share")
+REQUIRED = ("level", "model", "batch", "dtype", "device", "provider", "status")
 _CHOICES = {"level": LEVELS, "dtype": DTYPES, "device": DEVICES, "mode": MODES, "status": STATUSES}
 _NUMBERS = FIELDS[FIELDS.index("ms_p20"):]
 
@@ -119,7 +120,7 @@ def save(results: Results, path: str | os.PathLike[str]) -> Path:
 
 
 def load(path: str | os.PathLike[str]) -> Results:
-    """Reads and validates a results file.
+    """Reads and validates a results file. Fields that the schema does not know are passed over.
 
     Raises:
         ValueError: the file is missing, is no JSON, or breaks the schema; the message names the file and the fault.
@@ -138,26 +139,27 @@ def load(path: str | os.PathLike[str]) -> Results:
         fault = _fault(row)
         if fault:
             raise ValueError(f"{path}: row {index}: {fault}")
-    return Results(data["environment"], str(data["commit"]), [Row(**row) for row in data["rows"]])
+    rows = [Row(**{key: row[key] for key in FIELDS if key in row}) for row in data["rows"]]
+    return Results(data["environment"], str(data["commit"]), rows)
 
 
 def _fault(row: Any) -> str | None:
     """What is wrong with one row of a file, or None."""
     if not isinstance(row, Mapping):
         return f"expected an object, found {row!r}"
-    missing, unknown = [k for k in FIELDS if k not in row], [k for k in row if k not in FIELDS]
-    if missing or unknown:
-        return f"missing {missing}" if missing else f"unknown {unknown}"
+    missing = [key for key in REQUIRED if key not in row]
+    if missing:
+        return f"{missing[0]} is missing"
     for key, choices in _CHOICES.items():
-        if row[key] not in choices:
+        if row.get(key, choices[0]) not in choices:
             return f"{key} is {row[key]!r}, expected one of {', '.join(choices)}"
     for key in _NUMBERS:
-        value = row[key]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        value = row.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             return f"{key} is {value!r}, expected a number or null"
-    if not isinstance(row["batch"], int) or not isinstance(row["autocast"], bool) or not isinstance(row["graph"], bool):
+    if type(row["batch"]) is not int or any(type(row.get(key, False)) is not bool for key in ("autocast", "graph")):
         return "batch must be a whole number, autocast and graph must be true or false"
-    if row["status"] == "ok" and row["ms_p50"] is None:
+    if row["status"] == "ok" and row.get("ms_p50") is None:
         return "status is ok without ms_p50"
     return None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +18,8 @@ from fused_resnet import numerics
 from fused_resnet.bench import launches, pictures, timing
 from fused_resnet.bench.providers import Call, Provider, forget_compiled
 from fused_resnet.bench.results import EAGER, Row
+from fused_resnet.bench.stock import plain
 
-# Slack of a whole network's relative rms error, on top of twice stock's own: fp32 leaves room for one Winograd
-# convolution after another in a peer, 16-bit for one more rounding at the end.
-SLACK = {"fp32": 1e-5, "tf32": 2e-3, "fp16": 2.0**-10, "bf16": 2.0**-7}
 ROUNDS_WANTED = 5
 TIMING_CAP = 15.0  # seconds of timing after which a job's medians no longer move
 
@@ -81,7 +78,7 @@ class Session:
     """Runs jobs one after the other and shares the budget between them.
 
     Args:
-        models: name -> stock model in eval mode, fp32, on the CPU, calibrated.
+        models: name -> model in eval mode, fp32, on the CPU, calibrated. Of a model of ours its plain twin is run.
         images: [n, 3, H, W] fp32 pictures that every job's batches come from.
         providers: in order of value; those whose build no longer fits a job's share are left out and named.
         budget: seconds for all jobs together. Every job gets its eager and fused rows whatever the budget.
@@ -90,7 +87,8 @@ class Session:
 
     def __init__(self, models: dict[str, nn.Module], images: torch.Tensor, providers: Sequence[Provider],
                  budget: float, tell: Tell = lambda what, share: None) -> None:
-        self.models, self.images, self.providers, self.tell = models, images, providers, tell
+        self.models = {name: plain(model) for name, model in models.items()}
+        self.images, self.providers, self.tell = images, providers, tell
         self.deadline = time.perf_counter() + budget
         self.costs = {p.name: p.cost for p in providers}
         self.peaks: dict[tuple[str, str], float] = {}
@@ -113,7 +111,8 @@ class Session:
         group = Group(job, [], {})
         with precision(job.dtype):
             self.tell(f"{job}: fp64 reference", 0.0)
-            reference = copy.deepcopy(model).double()(pool[0].double())
+            exact = logits(copy.deepcopy(model).double()(pool[0].double()))
+            yard = Yardstick(exact, logits(model(pool[0])))
             flops = _flops(model, pool[0])
             for index, provider in enumerate(self.providers):
                 reason = provider.reason(job.device, job.dtype) or self._too_late(group, provider, end)
@@ -122,7 +121,7 @@ class Session:
                     continue
                 self.tell(f"{job}: {provider.name}", 0.7 * index / len(self.providers))
                 started = time.perf_counter()
-                group.entries.append(_prepare(job, provider, model, pool, reference, group.entries))
+                group.entries.append(_prepare(job, provider, model, pool, yard))
                 self.costs[provider.name] = 0.5 * self.costs[provider.name] + 0.5 * (time.perf_counter() - started)
             self._time(group, end)
         _fill(group, flops, self._peak(job))
@@ -173,21 +172,26 @@ def precision(dtype: str) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _prepare(job: Job, provider: Provider, model: nn.Module, pool: list[torch.Tensor], reference: torch.Tensor,
-             before: Sequence[Entry]) -> Entry:
+@dataclass
+class Yardstick:
+    """The first batch through the stock model, in fp64 and in the row's own precision."""
+
+    exact: torch.Tensor
+    stock: torch.Tensor
+
+
+def _prepare(job: Job, provider: Provider, model: nn.Module, pool: list[torch.Tensor], yard: Yardstick) -> Entry:
     """Builds one provider, compares its output, counts its launches and peak memory."""
     row = Row("model", job.model, job.batch, job.dtype, job.device, provider.name)
     entry = Entry(provider, row)
     try:
         call = provider.build(model, pool[0])
         entry.inputs = [provider.prepare(batch) for batch in pool]
-        error = numerics.measure(logits(call(entry.inputs[0])).to(reference.device), reference)
-        own = [e.row.rel_error for e in before if e.row.provider in EAGER and e.row.rel_error is not None]
-        row = replace(row, rel_error=error.rel if math.isfinite(error.rel) else None, backend=provider.backend(call))
-        allowed = allowed_error(job.dtype, min(own, default=error.rel))
-        if not error.nonfinite_match or not error.rel <= allowed:
-            reason = f"error {error.rel:.3g} against fp64, allowed {allowed:.3g}"
-            entry.row = replace(row, status="wrong", reason=reason)
+        bound = numerics.check_network(logits(call(entry.inputs[0])).to(yard.exact.device), yard.stock, yard.exact,
+                                       dtype=job.dtype)
+        row = replace(row, rel_error=bound.error.rel, backend=provider.backend(call))
+        if not bound.ok:
+            entry.row = replace(row, status="wrong", reason=str(bound))
             return entry
         with timing.PeakMemory(job.device) as peak:
             started = time.perf_counter()
@@ -200,11 +204,6 @@ def _prepare(job: Job, provider: Provider, model: nn.Module, pool: list[torch.Te
     except Exception as error:  # a peer's failure is its row's business, the others go on
         entry.row = replace(row, status="failed", reason=one_line(error))
     return entry
-
-
-def allowed_error(dtype: str, stock: float) -> float:
-    """Relative rms error up to which a whole network counts as right, given stock's own error."""
-    return 2 * stock + SLACK[dtype]
 
 
 def logits(output: Any) -> torch.Tensor:

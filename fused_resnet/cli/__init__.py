@@ -1,0 +1,20 @@
+"""The command line: `fused-resnet bench | verify | inspect | env | train`. One file a command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+NEEDS = ("typer", "rich", "click", "matplotlib")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; exits with 0, or with 2 and one sentence on stderr."""
+    try:
+        from fused_resnet.cli.app import run
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in NEEDS:
+            raise
+        print(f"fused-resnet: the command line needs {error.name}: pip install 'fused_resnet[cli]'", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(run(arguments))

@@ -1,0 +1,125 @@
+"""`fused-resnet bench`: the main job, on real photographs, beside the peers."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+from torch import nn
+
+from fused_resnet.bench import launches, pictures, plots, providers, results, session
+from fused_resnet.cli import console, models
+
+CALIBRATION = 16
+SAME = ("cpu", "cores", "threads", "gpu", "cuda", "torch", "input")  # rows of one file share these
+
+
+def bench(
+    model: Annotated[str, typer.Option(help=f"comma-separated: {models.HELP}")] = "resnet50,resnet18",
+    batch: Annotated[str, typer.Option(help="comma-separated batch sizes")] = "1,8",
+    dtype: Annotated[str, typer.Option(help="comma-separated: fp32, tf32, bf16, fp16")] = "fp32,bf16",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
+    provider: Annotated[str | None, typer.Option(help="comma-separated; default: all that are available")] = None,
+    weights: Annotated[Path | None, typer.Option(help="state dict for the model (one model only)")] = None,
+    images: Annotated[Path | None, typer.Option(help="folder of pictures; default: scikit-image's")] = None,
+    size: Annotated[int, typer.Option(help="edge of the input in pixels", min=8)] = pictures.SIZE,
+    budget: Annotated[float, typer.Option(help="seconds for everything; dropped first: the slow compilers", min=0)] = 210,
+    threads: Annotated[int | None, typer.Option(help="PyTorch's thread count")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder; default: benchmarks/results/<machine>")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no notes")] = False,
+) -> int:
+    """Times whole models against eager PyTorch, its compilers and the peers, after comparing them with fp64."""
+    started = time.perf_counter()
+    console.set_threads(threads)
+    where = console.device_of(device)
+    chosen = providers.select(console.split(provider) or None, where)
+    todo = console.choices(dtype, console.DTYPES, "--dtype")
+    batches = console.numbers(batch, "--batch")
+    specs = console.split(model)
+    if weights is not None and len(specs) != 1:
+        raise ValueError(f"--weights goes with one --model, got {len(specs)}")
+    built = dict(models.resolve(spec) for spec in specs)
+    folder = console.writable(out or Path("benchmarks/results") / results.machine_slug())
+    photographs = pictures.load(max(CALIBRATION, *batches), folder=images, size=size)
+    _prepare(built, weights, photographs, quiet)
+    record = results.begin(input=f"{'pictures of ' + str(images) if images else 'scikit-image pictures'}, {size} px",
+                           weights=str(weights) if weights else "random, batch norms calibrated on the pictures")
+    sheet = _Sheet(folder / "bench.json", record)
+    work = session.jobs(list(built), batches, todo, [where])
+    wrong = 0
+    with console.progress(len(work), quiet) as show:
+        done = 0
+        run = session.Session(built, photographs, chosen, budget - (time.perf_counter() - started),
+                              lambda what, share: show(what, done + share))
+        for group in run.run(work):
+            done += 1
+            sheet.add(group.rows)
+            wrong += sum(row.status == "wrong" and row.provider.startswith("fused") for row in group.rows)
+            console.out.print(table(group))
+    chart = plots.speedups(sheet.record, folder / "bench.png")
+    console.say(f"{len(sheet.record.rows)} rows in {sheet.path}" + (f", chart in {chart}" if chart else "")
+                + f"; {time.perf_counter() - started:.0f} s", quiet)
+    return 1 if wrong else 0
+
+
+def _prepare(built: dict[str, nn.Module], weights: Path | None, photographs: torch.Tensor, quiet: bool) -> None:
+    """The user's weights, or random ones with calibrated norms."""
+    for name, network in built.items():
+        if weights is not None:
+            models.load_weights(network, weights)
+        else:
+            pictures.calibrate(network, photographs[:CALIBRATION], say=lambda text, n=name: console.say(f"{n}: {text}", quiet))
+
+
+class _Sheet:
+    """The results file, written after every group. Groups that this run does not measure are kept.
+
+    Earlier results from another machine or other versions are set aside as bench.previous.json.
+    """
+
+    def __init__(self, path: Path, record: results.Results) -> None:
+        self.path, self.record = path, record
+        if not path.exists():
+            return
+        before = results.load(path)
+        if all(before.environment.get(key) == record.environment.get(key) for key in SAME) \
+                and before.commit == record.commit:
+            record.rows = before.rows
+        else:
+            results.save(before, path.with_name("bench.previous.json"))
+
+    def add(self, rows: list[results.Row]) -> None:
+        groups = {row.group for row in rows}
+        self.record.rows = [row for row in self.record.rows if row.group not in groups] + rows
+        results.save(self.record, self.path)
+
+
+def table(group: session.Group) -> Table:
+    """One job's rows; launches as the profiler counted them; what was left out and why below."""
+    shown = Table(title=f"{group.job}  ({group.rounds} rounds)", title_justify="left", title_style="bold",
+                  caption="\n".join(f"{name}: {why}" for name, why in group.left_out.items()) or None,
+                  caption_justify="left")
+    shown.add_column("provider")
+    for head in ("ms p50", "p20 .. p80", "images/s", "x best eager", "error", "of matmul peak", "MB"):
+        shown.add_column(head, justify="right", no_wrap=True)
+    shown.add_column("launches", overflow="fold")
+    for entry in sorted(group.entries, key=lambda entry: entry.row.ms_p50 or float("inf")):
+        row = entry.row
+        style = "bold green" if entry.provider.ours and row.status == "ok" else "red" if row.status != "ok" else None
+        if row.ms_p50 is None:
+            shown.add_row(row.provider, row.status, "", "", "", _number(row.rel_error, ".1e"), "", "", row.reason, style=style)
+            continue
+        shown.add_row(row.provider + (f" ({row.backend})" if row.backend else ""), _number(row.ms_p50, ".4g"),
+                      f"{row.ms_p20:.4g} .. {row.ms_p80:.4g}", _number(row.images_per_s, ".1f"),
+                      _number(row.vs_stock, ".2f"), _number(row.rel_error, ".1e"), _number(row.roofline_share, ".0%"),
+                      _number(row.peak_mem_mb, ".0f"),
+                      launches.describe(entry.launches) if entry.launches else "", style=style)
+    return shown
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

@@ -1,0 +1,57 @@
+"""`fused-resnet env`: everything that a bug report needs."""
+
+from __future__ import annotations
+
+import json
+import platform
+from typing import Annotated
+
+import torch
+import typer
+
+import fused_resnet
+from fused_resnet import backends
+from fused_resnet.bench import providers, results
+from fused_resnet.cli import console
+from fused_resnet.tuning import Cache
+
+SETTINGS = ("BACKEND", "DISABLE", "SELF_CHECK", "CACHE_DIR")
+
+
+def env(as_json: Annotated[bool, typer.Option("--json", help="as one JSON object")] = False) -> None:
+    """Prints versions, processor, backends, providers and caches; paste it into a bug report."""
+    gathered = gather()
+    if as_json:
+        console.out.print(json.dumps(gathered, indent=1), markup=False, soft_wrap=True)
+        return
+    for section, values in gathered.items():
+        console.out.print(f"[bold]{section}[/bold]")
+        for key, value in values.items():
+            text = " ".join(map(str, value)) if isinstance(value, list) else "-" if value is None else str(value)
+            console.out.print(f"  {key:24} {text}", markup=False, soft_wrap=True)
+
+
+def gather() -> dict[str, dict[str, object]]:
+    """The report as sections of key and value."""
+    machine = results.describe_environment()
+    packages = machine.pop("packages")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reasons = {name: provider.reason(device, "fp32") for name, provider in providers.PROVIDERS.items()}
+    cache = backends.cache()
+    return {
+        "fused_resnet": {"version": fused_resnet.__version__, "commit": results.commit() or None,
+                         "machine": platform.machine(), "results folder": results.machine_slug()},
+        "environment": machine,
+        "packages": packages,
+        "backends": {name: reason or "available" for name, reason in backends.available().items()},
+        "providers": {name: reason or "available" for name, reason in reasons.items()},
+        "settings": {f"FUSED_RESNET_{name}": backends.setting(name) or None for name in SETTINGS},
+        "cache": {"file": str(cache.path), "state": _state(cache)},
+    }
+
+
+def _state(cache: Cache) -> str:
+    try:
+        return f"{len(cache.read())} entries"
+    except ValueError as error:
+        return str(error)

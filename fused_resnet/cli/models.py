@@ -1,0 +1,130 @@
+"""What `--model` and `--weights` name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fused_resnet import models
+from fused_resnet.bench.stock import plain
+from fused_resnet.testing.shim import torchvision_shim
+
+HELP = "a model of fused_resnet.models, cifar_resnetDEPTH, torchvision:NAME, timm:NAME, or path.py:factory"
+BUILDERS = tuple(name for name in models.__all__ if name.islower() and name != "cifar_resnet")
+
+
+def resolve(spec: str, seed: int = 0) -> tuple[str, nn.Module]:
+    """Builds the stock model that `spec` names, with random weights.
+
+    Returns:
+        (bare name, model in eval mode, fp32, on the CPU). Models of ours come with plain forwards.
+
+    Raises:
+        ValueError: no such model, its package is missing, or its factory fails.
+    """
+    torch.manual_seed(seed)
+    source, _, name = spec.rpartition(":")
+    if not source:
+        return _ours(spec)
+    if source == "torchvision":
+        model = _torchvision(name)
+    elif source == "timm":
+        model = _timm(name)
+    elif source.endswith(".py"):
+        model = _file(Path(source), name)
+    else:
+        raise ValueError(f"cannot read the model {spec!r}: expected {HELP}")
+    return name, model.float().eval()
+
+
+def _ours(name: str) -> tuple[str, nn.Module]:
+    cifar = re.fullmatch(r"cifar_resnet(\d+)", name)
+    if cifar:
+        return name, plain(models.cifar_resnet(int(cifar.group(1)))).eval()
+    if name not in BUILDERS:
+        raise ValueError(f"unknown model {name!r}{_near(name, BUILDERS)}: expected {HELP}; ours are "
+                         f"{', '.join(BUILDERS)}")
+    return name, plain(getattr(models, name)()).eval()
+
+
+def _near(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f", did you mean {close[0]!r}" if close else ""
+
+
+def _torchvision(name: str) -> nn.Module:
+    torchvision_shim()
+    try:
+        from torchvision import models as zoo
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f"torchvision:{name} needs a torchvision that fits this torch: {error}") from error
+    if name not in zoo.list_models():
+        raise ValueError(f"torchvision has no model {name!r}{_near(name, zoo.list_models())}")
+    return zoo.get_model(name)
+
+
+def _timm(name: str) -> nn.Module:
+    torchvision_shim()
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f"timm:{name} needs timm: {error}") from error
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}{_near(name, timm.list_models())}")
+    return timm.create_model(name)
+
+
+def _file(path: Path, name: str) -> nn.Module:
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"importing {path} failed: {type(error).__name__}: {error}") from error
+    factory: Callable[[], Any] | None = getattr(module, name, None)
+    if not callable(factory):
+        names = [n for n, f in vars(module).items() if inspect.isfunction(f) or inspect.isclass(f)]
+        raise ValueError(f"{path} has no callable {name!r}{_near(name, names)}")
+    try:
+        model = factory()
+    except Exception as error:
+        raise ValueError(f"{name}() of {path} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{name}() of {path} returned a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Loads a state dict, plain or inside a checkpoint, into `model`.
+
+    Raises:
+        ValueError: the file cannot be read, holds no state dict, or its keys or shapes do not fit.
+    """
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"cannot read weights from {file}: {str(error).splitlines()[0]}") from error
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"{file} holds no state dict")
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{file} does not fit the model: {' '.join(str(error).split())[:300]}") from error
