@@ -56,7 +56,7 @@ class Sheet:
     def open(cls, path: Path, environment: dict[str, Any], commit: str, earlier: Path | None = None) -> Sheet:
         """Goes on with `path`, else with a copy of `earlier`, where its rows hold for this environment.
 
-        A file whose rows do not hold is kept beside the new one as `<stem>.old.json`.
+        A file whose rows do not hold is kept beside the new one as `<stem>.previous.json`.
 
         Raises:
             ValueError: `path` is not a results file, or its folder cannot be written.
@@ -64,7 +64,7 @@ class Sheet:
         sheet = cls(Path(path), environment, commit)
         sheet.rows = rows_for(sheet.path, environment) or (rows_for(earlier, environment) if earlier else [])
         if not sheet.rows and sheet.path.is_file():
-            sheet.path.replace(sheet.path.with_suffix(".old.json"))
+            sheet.path.replace(sheet.path.with_suffix(".previous.json"))
         sheet.save()
         return sheet
 

@@ -23,7 +23,7 @@ OTHER_STAGES = {"check.json", "tune.json"}
 
 def files(folder: Path = FOLDER) -> list[Path]:
     """Every results file with whole models, machine by machine."""
-    return sorted(p for p in folder.glob("*/*.json") if p.name not in OTHER_STAGES and ".old" not in p.suffixes)
+    return sorted(p for p in folder.glob("*/*.json") if p.name not in OTHER_STAGES and ".previous" not in p.suffixes)
 
 
 def section(paths: Sequence[Path]) -> str:

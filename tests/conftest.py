@@ -1,28 +1,21 @@
 """Shared by all tests: one thread, fixed seeds, a cache of their own, Triton's interpreter without a GPU."""
 
 import os
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Triton reads this when it is imported; what compiles for a GPU does so in processes without it.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from fused_resnet.testing.memory import poisoned
 from fused_resnet.testing.shim import torchvision_shim
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 torchvision_shim()
-
-
-def pytest_configure(config):
-    """Without a GPU, Triton kernels run in its interpreter; the gate compiles them, so it runs without that.
-
-    Triton reads the variable when a kernel is defined, hence once a process.
-    """
-    gate = config.args and all("tests/gate" in Path(arg.split("::")[0]).as_posix() for arg in config.args)
-    if not gate and not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -75,7 +75,7 @@ def test_rows_of_other_sources_are_kept_aside(tmp_path):
     clock, path = Clock(), tmp_path / "x.json"
     work([job("a", clock)], Sheet.open(path, HERE, "c"), 60, now=clock, say=lambda _: None)
     assert Sheet.open(path, {**HERE, "sources": "b"}, "c").rows == []
-    assert names(json.loads((tmp_path / "x.old.json").read_text())["rows"]) == ["a"]
+    assert names(json.loads((tmp_path / "x.previous.json").read_text())["rows"]) == ["a"]
 
 
 def test_committed_rows_are_taken_up_when_the_folder_is_empty(tmp_path):
