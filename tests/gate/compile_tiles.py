@@ -1,0 +1,99 @@
+"""Compiles one share of the shipped tiles and prints one JSON line each: `compile_tiles.py SHARE OF`.
+
+Runs in its own process, because Triton either compiles or interprets for the life of a process.
+"""
+
+import dataclasses
+import json
+import sys
+
+import torch
+
+from fused_resnet.kernels.triton import conv_bn_act, tiles
+from fused_resnet.numerics import DTYPES
+from fused_resnet.problem import ConvOperands, ConvProblem
+from fused_resnet.testing import aot
+from fused_resnet.testing.cases import LAYERS, conv
+
+ARCHS = (80, 90)
+# Problems that reach each row of the table: the plain one, and what costs registers beside it.
+REPRESENTATIVE = {
+    "thin": [conv(128, 128, 56, n=32, groups=32), conv(256, 256, 56, n=32, groups=32, stride=2),
+             conv(3, 16, 32, n=32), conv(16, 16, 32, n=32, residual=True), conv(64, 10, 8, 1, bias=True, norm=False)],
+    "slim": [conv(1024, 1024, 14, n=32, groups=32), conv(256, 32, 28, 1, n=32, activation="hardswish"),
+             conv(32, 32, 16, n=32, residual=True), conv(24, 24, 5, 1, prologue="silu"),
+             conv(3, 32, 224, n=8, stride=2)],
+    "flat": [conv(3, 64, 224, 7, n=32, stride=2), conv(12, 70, 56, n=32, residual=True),
+             conv(4, 96, 56, 5, prologue="relu"), conv(1, 64, 28, n=32, activation="silu", bias=True)],
+    "narrow": [conv(64, 64, 56, n=64), conv(64, 64, 56, n=64, residual=True, bias=True, activation="hardswish"),
+               conv(256, 64, 56, 1, n=64), conv(128, 128, 28, n=64, residual=True),
+               conv(48, 40, 56, n=64, dilation=2, residual=True), conv(64, 64, 56, n=64, stride=2),
+               conv(64, 64, 224, n=1024, residual=True)],
+    "wide": [conv(128, 128, 56, n=64, stride=2), conv(512, 512, 14, n=128), conv(200, 136, 56, (1, 7), n=64),
+             conv(96, 160, 56, n=64, activation="hardswish"),
+             conv(256, 256, 28, n=64, stride=2, bias=True, activation="silu")],
+    "pointwise": [conv(64, 256, 56, 1, n=64, residual=True),
+                  conv(256, 512, 56, 1, n=64, stride=2, activation="identity"),
+                  conv(512, 2048, 14, 1, n=64, residual=True, bias=True, activation="silu"),
+                  conv(1024, 256, 14, 1, n=64), conv(72, 200, 28, 1, n=64)],
+    "prologue": [conv(64, 64, 56, n=64, prologue="relu"), conv(256, 256, 28, n=64, prologue="relu", residual=True),
+                 conv(256, 1024, 28, 1, n=64, prologue="silu", residual=True),
+                 conv(48, 96, 56, n=64, stride=2, prologue="hardswish", activation="hardswish")],
+    "few": [conv(512, 512, 7, n=1, residual=True), conv(512, 2048, 7, 1, n=1, residual=True),
+            conv(256, 256, 14, n=1, stride=2), conv(130, 70, 3, 1, n=1), conv(128, 128, 8, n=1, prologue="relu")],
+    "depthwise": [conv(96, 96, 56, n=32, groups=96, activation="relu6"), conv(32, 64, 28, 5, n=8, groups=32, stride=2),
+                  conv(64, 64, 56, 7, n=32, groups=64, residual=True, prologue="relu")],
+}
+
+
+def cases() -> list[tuple[str, int, ConvProblem]]:
+    """(size bucket, architecture, problem): every row of the table, and every layer of two networks in bf16."""
+    found = [(bucket, arch, problem._replace(device="cuda", dtype=dtype))
+             for arch in ARCHS for dtype in ("bf16", "tf32", "fp32")
+             for bucket, problems in REPRESENTATIVE.items() for problem in problems]
+    found += [(bucket, arch, problems[0]._replace(device="cuda", dtype="fp16"))
+              for arch in ARCHS for bucket, problems in REPRESENTATIVE.items()]
+    layers = dict.fromkeys(problem._replace(device="cuda", dtype="bf16", N=64)
+                           for name in ("resnet18", "resnet50") for problem, _ in LAYERS[name])
+    found += [(tiles.bucket(problem, arch), arch, problem) for arch in ARCHS for problem in layers]
+    return list(dict.fromkeys(found))
+
+
+def name(arch: int, problem: ConvProblem) -> str:
+    return f"sm_{arch}-{problem.id}"
+
+
+def operands(problem: ConvProblem) -> ConvOperands:
+    """Operands without memory: the compiler asks for types only."""
+    p, dtype = problem, DTYPES[problem.dtype]
+
+    def image(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+    def norm(channels: int) -> list[torch.Tensor]:
+        return [torch.empty(channels, device="meta")] * 4
+
+    return ConvOperands(
+        image(p.N, p.C, p.H, p.W), image(p.K, p.C // p.groups, p.R, p.S),
+        torch.empty(p.K, dtype=dtype, device="meta") if p.bias else None, *(norm(p.K) if p.norm else [None] * 4),
+        image(*p.output_shape) if p.residual else None, *(norm(p.C) if p.prologue else [None] * 4))
+
+
+def report(arch: int, problem: ConvProblem) -> dict:
+    """What the compiler made of the launch that `forward` would do, with what its tile declares."""
+    tile = tiles.pick(problem, arch)
+    given = operands(problem)
+    y = torch.empty(problem.output_shape, dtype=given.x.dtype, device="meta", memory_format=torch.channels_last)
+    kernel, _, arguments = conv_bn_act.bind(problem, given, y, tile)
+    result = aot.check(kernel, arguments, arch, tile.options)
+    return {"name": name(arch, problem), **dataclasses.asdict(result)}
+
+
+if __name__ == "__main__":
+    share, of = map(int, sys.argv[1:])
+    for _, arch, problem in cases()[share::of]:
+        try:
+            row = report(arch, problem)
+        except Exception as error:
+            row = {"name": name(arch, problem), "error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(row), flush=True)

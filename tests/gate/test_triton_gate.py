@@ -1,0 +1,67 @@
+"""Every shipped tile, compiled without a GPU for sm_80 and sm_90: the instructions it declares, no spills, memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fused_resnet.kernels.triton import tiles
+from fused_resnet.testing import aot
+from tests.gate import compile_tiles
+
+CASES = compile_tiles.cases()
+ROOT = Path(__file__).parents[2]
+WORKERS = 2
+
+
+@pytest.fixture(scope="session")
+def reports(tmp_path_factory):
+    """name -> what the compiler made of it; compiled afresh, in processes where Triton does not interpret."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    folder = tmp_path_factory.mktemp("reports")
+    workers = []
+    for share in range(WORKERS):
+        with open(folder / f"{share}.jsonl", "w") as out, open(folder / f"{share}.err", "w") as err:
+            command = [sys.executable, "-m", compile_tiles.__name__, str(share), str(WORKERS)]
+            workers.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=err))
+    rows = {}
+    for share, worker in enumerate(workers):
+        assert worker.wait() == 0, (folder / f"{share}.err").read_text()[-2000:]
+        for line in (folder / f"{share}.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            rows[row.pop("name")] = row
+    return rows
+
+
+def test_the_cases_cover_every_row_of_the_table():
+    for bucket, arch, problem in CASES:
+        assert tiles.bucket(problem, arch) == bucket, f"{compile_tiles.name(arch, problem)} is no longer {bucket}"
+    covered = {(arch, tiles.dtype_class(problem.dtype), bucket) for bucket, arch, problem in CASES}
+    assert {(arch, dtype, bucket) for _, arch, dtype, bucket in tiles.SHIPPED} <= covered
+
+
+def test_a_kernel_made_for_the_interpreter_is_not_compiled():
+    with pytest.raises(TypeError, match="TRITON_INTERPRET"):
+        aot.build(lambda: None, {}, 90, {})
+
+
+@pytest.mark.parametrize(("bucket", "arch", "problem"), CASES,
+                         ids=[f"{bucket}-{compile_tiles.name(arch, problem)}" for bucket, arch, problem in CASES])
+def test_shipped_tile(bucket, arch, problem, reports):
+    report = reports[compile_tiles.name(arch, problem)]
+    assert "error" not in report, report["error"]
+    tile, count = tiles.pick(problem, arch), report["count"]
+    found = {name for name in ("HGMMA", "HMMA") if count[name]}
+    assert found == {tile.instruction(problem.dtype, arch)} - {""}, "tensor-core instructions"
+    assert count["LDL"] + count["STL"] + report["spill_bytes"] + report["stack_bytes"] == 0, "registers spilled"
+    assert not report["serialized"], "ptxas serialised the wgmma pipeline"
+    # What serves sm_80 serves the chips with less shared memory too, wherever `legal` says so.
+    for other in {arch} | ({86, 89} if arch == 80 else set()):
+        if tiles.legal(tile, problem, other) is None:
+            assert report["shared_bytes"] <= tiles.SHARED_LIMIT[tiles.arch_class(other)]
+    if tile.kernel == "gemm":
+        assert report["shared_bytes"] <= tile.shared(problem), "`legal` judges by an estimate that is too low"

@@ -1,0 +1,111 @@
+"""Do the tests bite? Each deliberate bug below, put into a copy of the kernels, must fail the same small check."""
+
+import importlib
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_resnet.kernels.triton import conv_bn_act
+from fused_resnet.testing import inputs
+from fused_resnet.testing.cases import conv
+from tests.kernels.judge import agree, guarded_run
+
+SOURCE = Path(conv_bn_act.__file__).parent
+PACKAGE = "fused_resnet.kernels.triton"
+CHECK = [
+    conv(16, 24, (4, 5), residual=True, bias=True), conv(40, 8, 4, n=1, prologue="relu"),
+    conv(24, 20, (6, 4), stride=(2, 1), n=1), conv(40, 16, 6, groups=2, dilation=2, n=1),
+    conv(3, 8, 5, activation="silu"), conv(24, 16, 4, 1, activation="hardswish"),
+    conv(4, 8, 5, groups=4, prologue="relu6"), conv(8, 8, 5, groups=8, residual=True, activation="relu6"),
+]
+GEMM, EPILOGUE = "conv_bn_act.py", "epilogue.py"
+# What is broken -> (file, what stands there, what is put there instead).
+FAULTS = {
+    "columns left of the image are read": (GEMM,
+        "ok = ok & (h >= 0) & (h < H) & (w >= 0)", "ok = ok & (h >= 0) & (h < H)"),
+    "rows below the image are read": (GEMM, "ok = ok & (h >= 0) & (h < H)", "ok = ok & (h >= 0)"),
+    "depthwise reads right of the image": (GEMM, "ok = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)",
+                                           "ok = inside & (h >= 0) & (h < H) & (w >= 0)"),
+    "mean and var are swapped": (EPILOGUE, "tl.load(mean + channel", "tl.load(var + channel"),
+    "the residual is skipped": (EPILOGUE, "acc += tl.load(residual", "tl.load(residual"),
+    "ReLU comes before the add": (EPILOGUE,
+        "acc = acc * scale + shift", "acc = activate(acc * scale + shift, ACTIVATION)"),
+    "eps is dropped": (EPILOGUE, ".to(tl.float32) + eps", ".to(tl.float32)"),
+    "gamma is dropped": (EPILOGUE, "scale *= ", ""),
+    "beta is scaled": (EPILOGUE, "shift += tl.load(beta", "shift += scale * tl.load(beta"),
+    "the bias is dropped": (EPILOGUE, "shift = tl.load(bias", "tl.load(bias"),
+    "padding is normalised": (GEMM, "tl.where(ok, activate(xs.to(tl.float32) * scale + shift, PROLOGUE), 0.0).to",
+                              "activate(xs.to(tl.float32) * scale + shift, PROLOGUE).to"),
+    "depthwise normalises padding": (GEMM, "tl.where(ok, activate(xs * scale + shift, PROLOGUE), 0.0)",
+                                     "activate(xs * scale + shift, PROLOGUE)"),
+    "the prologue takes another group's vectors": (GEMM,
+        "pre_eps, group * CG + cx, cx < CG", "pre_eps, cx + 1, cx < CG"),
+    "columns take the stride of rows": (GEMM, "w0 = m % Q * STRIDE_W", "w0 = m % Q * STRIDE_H"),
+    "rows are not dilated": (GEMM, "h = h0 + rx * DIL_H", "h = h0 + rx"),
+    "taps are not dilated": (GEMM, "(rx * DIL_H * W + sx * DIL_W) * C + cx", "(rx * W + sx) * C + cx"),
+    "every group reads the first": (GEMM, "+ w0) * C + group * CG", "+ w0) * C"),
+    "every group has the filters of the first": (GEMM, "filters = (group * KG + k) * DEPTH", "filters = k * DEPTH"),
+    "channels of the next pixel count": (GEMM, "ok = ok & (ex < left)", "ok = ok & (ex < left + 1)"),
+    "the tail of the channels counts": (GEMM, "% BLOCK_K != 0", "% BLOCK_K < 0"),
+    "the last channels are forgotten": (GEMM, "((CG + BLOCK_K - 1) // BLOCK_K)", "max(1, CG // BLOCK_K)"),
+    "the tap moves on before its channels are done": (GEMM, "s += tl.where(c == 0, 1, 0)", "s += 1"),
+    "rows beyond the output are written": (GEMM, "m * K + channel, (m < M) & (k < KG)",
+        "m * K + channel, (m < M + 1) & (k < KG)"),
+    "channels beyond the group are written": (GEMM, "m * K + channel, (m < M) & (k < KG)", "m * K + channel, m < M"),
+    "depthwise writes beyond the output": (GEMM, "inside = (m < M) & (k < K)", "inside = k < K"),
+    "the multiplier takes channels in turn": (GEMM, "c = k // (K // C)", "c = k % C"),
+    "ReLU drops NaN": (EPILOGUE, 'KIND == "relu":\n        v = tl.where(v <= 0.0, 0.0, v)',
+                       'KIND == "relu":\n        v = tl.where(v > 0.0, v, 0.0)'),
+    "ReLU6 does not saturate": (EPILOGUE, "tl.where(v >= 6.0, 6.0, v)", "v"),
+    "silu has the wrong sign": (EPILOGUE, "tl.exp(-v)", "tl.exp(v)"),
+}
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+
+def kernels(folder, file=None, old="", new=""):
+    """The family's `forward` from a copy of its sources in which `old` reads `new`."""
+    name = "broken_" + "".join(ch if ch.isalnum() else "_" for ch in folder.name)
+    copy = Path(shutil.copytree(SOURCE, folder / name, ignore=shutil.ignore_patterns("__pycache__")))
+    for path in copy.glob("*.py"):
+        text = path.read_text()
+        if path.name == file:
+            assert old in text, f"{file} no longer reads {old!r}: bring this fault up to date"
+            text = text.replace(old, new)
+        path.write_text(text.replace(PACKAGE, name))
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(f"{name}.conv_bn_act").forward
+    finally:
+        sys.path.remove(str(folder))
+        for module in [m for m in sys.modules if m.split(".")[0] == name]:
+            del sys.modules[module]
+
+
+def small_check(forward, device):
+    for i, problem in enumerate(CHECK):
+        problem = problem._replace(device=device)
+        operands = inputs.make(problem, seed=i)._replace(eps=0.25, pre_eps=0.5)
+        if problem.residual:
+            operands.residual[0, 1, 1, :2] = torch.tensor([float("nan"), 8.0])
+        if problem.R == 1:  # beside the tail of another pixel's channels, which weights of zero do not hide then
+            operands.x[0, 0, -1, -1] = float("nan")
+        agree(problem, operands, guarded_run(forward, problem, operands))
+
+
+def test_the_kernels_as_they_are_pass(tmp_path, device):
+    small_check(kernels(tmp_path), device)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_noticed(fault, tmp_path, device):
+    forward = kernels(tmp_path, *FAULTS[fault])
+    with pytest.raises(AssertionError):
+        small_check(forward, device)
+
+
+def test_a_fault_that_is_not_in_the_source_is_an_error(tmp_path):
+    with pytest.raises(AssertionError, match="no longer reads"):
+        kernels(tmp_path, GEMM, "no such line", "")
