@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -64,6 +65,11 @@ def restore(t: Any) -> Any:
     return t.as_strided(t.shape, (c * h * w, h * w, w, 1)) if t.numel() else t
 
 
+def settle(t: Any) -> Any:
+    """`t` as stock operators on channels_last tensors would have left it: one pixel is contiguous."""
+    return restore(t) if isinstance(t, torch.Tensor) and t.dim() == 4 and t.shape[2] == t.shape[3] == 1 else t
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
@@ -116,6 +122,11 @@ def blocked(conv: nn.Module, norm: nn.Module | None, activation: nn.Module | Non
             return reason
         if norm.running_mean.shape[0] != conv.out_channels:
             return "the norm has another number of channels than the convolution"
+    return activation_blocked(activation)
+
+
+def activation_blocked(activation: nn.Module | None) -> str | None:
+    """Why this activation cannot be part of a launch, or None."""
     if activation is not None and (type(activation) not in ACTIVATIONS or hooked(activation)):
         return f"activation {type(activation).__name__}, or a hook on it"
     return None
@@ -214,7 +225,7 @@ def run(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None = None, activat
         prologue: (norm, activation) modules applied to x first.
 
     Returns:
-        [N, K, P, Q]; channels_last memory when launched as one.
+        [N, K, P, Q]: in channels_last memory inside of a planned region, else with stock's strides.
 
     Raises:
         whatever the modules raise.
@@ -228,15 +239,52 @@ def run(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None = None, activat
                                            for p in m.parameters(recurse=False)))
     reason = reason or blocked(conv, norm, activation)
     if reason is None and prologue is not None:
-        reason = norm_blocked(prologue[0])
+        reason = norm_blocked(prologue[0]) or activation_blocked(prologue[1])
+    if reason is None and not state.inside and not any(map(suggests_channels_last, (x, conv.weight))):
+        reason = "contiguous tensors outside of a planned region: converting costs more than one launch gains"
+    if reason is None and not x.numel():
+        reason = "there is nothing to compute"
     if reason is None:
         name = "identity" if activation is None else ACTIVATIONS[type(activation)]
         pre = None if prologue is None else (prologue[0], "identity" if prologue[1] is None
                                              else ACTIVATIONS[type(prologue[1])])
         out = launch(x, conv, norm, name, residual, pre, state.inside)
         if out is not None:
-            return out
+            return out if state.inside else settle(out)
     return stock(x, conv, norm, activation, residual, prologue)
+
+
+class _Survey:
+    """What stands below a module. Taken once, because walking a ResNet-50 costs as much as ten launches."""
+
+    def __init__(self, root: nn.Module):
+        below = [m for m in root.modules() if m is not root]
+        self._children = [(m._modules, dict(m._modules)) for m in (root, *below)]
+        self._hooks = [h for m in below for h in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks,
+                                                  m._backward_pre_hooks)]
+        self._known = all(type(m).__module__.startswith(("torch.nn.modules.", "fused_resnet.")) or is_frozen(m)
+                          for m in below)
+        self._convs = [m for m in below if type(m) is nn.Conv2d]
+
+    def current(self) -> bool:
+        return all(now == then for now, then in self._children)
+
+    def foreign(self) -> bool:
+        """Whether code that nobody has planned would see tensors of the region: it may rely on stock's strides."""
+        return not self._known or any(self._hooks)
+
+    def channels_last(self) -> bool:
+        return any(suggests_channels_last(m._parameters["weight"]) for m in self._convs)
+
+
+_surveys: weakref.WeakKeyDictionary[nn.Module, _Survey] = weakref.WeakKeyDictionary()
+
+
+def survey(module: nn.Module) -> _Survey:
+    found = _surveys.get(module)
+    if found is None or not found.current():
+        found = _surveys[module] = _Survey(module)
+    return found
 
 
 def planned(forward: Callable[[Any, torch.Tensor], torch.Tensor]) -> Callable[[Any, torch.Tensor], torch.Tensor]:
@@ -246,17 +294,19 @@ def planned(forward: Callable[[Any, torch.Tensor], torch.Tensor]) -> Callable[[A
     def region(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling() or state.inside:
             return forward(self, x)
-        if self.training or ambient((x,), self.parameters) is not None or x.dim() != 4:
+        if self.training or ambient((x,), self.parameters) is not None or x.dim() != 4 or not x.numel():
             return forward(self, x)
         if x.is_cpu and not (x.is_floating_point() and backends.all_finite(x)):
             return forward(self, x)
-        keep = suggests_channels_last(x) or any(suggests_channels_last(m._parameters["weight"])
-                                                for m in self.modules() if type(m) is nn.Conv2d)
+        below = survey(self)
+        if below.foreign():
+            return forward(self, x)
+        keep = suggests_channels_last(x) or below.channels_last()
         state.inside = True
         try:
             out = forward(self, x.contiguous(memory_format=CHANNELS_LAST))
         finally:
             state.inside = False
-        return out if keep else restore(out)
+        return settle(out) if keep else restore(out)
 
     return region
