@@ -32,7 +32,8 @@ class _Trunk(nn.Module):
         self.bn1 = self._norm_layer(inplanes)
         self.relu = nn.ReLU(inplace=True)
 
-    def _make_layer(self, block: Block, planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> nn.Sequential:
+    def _make_layer(self, block: Block, planes: int, blocks: int, stride: int = 1,
+                    dilate: bool = False) -> nn.Sequential:
         """One stage. `dilate` trades its stride for dilation, which its first block does not have yet."""
         downsample, first_dilation = None, self.dilation
         if dilate:
@@ -58,9 +59,10 @@ class _Trunk(nn.Module):
                 nn.init.constant_(module.weight, 1)
                 nn.init.constant_(module.bias, 0)
         for block in self.modules() if zero_init_residual else ():
-            last = getattr(block, "bn3" if isinstance(block, Bottleneck) else "bn2", None)
-            if isinstance(block, BasicBlock | Bottleneck) and last.weight is not None:
-                nn.init.constant_(last.weight, 0)
+            if isinstance(block, BasicBlock | Bottleneck):
+                last = block.bn3 if isinstance(block, Bottleneck) else block.bn2
+                if last.weight is not None:
+                    nn.init.constant_(last.weight, 0)  # type: ignore[arg-type]
 
 
 class ResNet(_Trunk):

@@ -31,8 +31,7 @@ def project(x: torch.Tensor, shortcut: nn.Module | None) -> torch.Tensor:
     """What a block adds to its output: x itself, or the shortcut's; a convolution with its norm is one launch."""
     if shortcut is None:
         return x
-    launches = state.inside or torch.compiler.is_compiling()
-    if not launches or type(shortcut) is not nn.Sequential or len(shortcut) < 2 or hooked(shortcut):
+    if not state.inside or type(shortcut) is not nn.Sequential or len(shortcut) < 2 or hooked(shortcut):
         return shortcut(x)
     *head, conv, norm = shortcut
     for module in head:
