@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import io
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,17 +104,17 @@ def build_onnxruntime(model: nn.Module, sample: torch.Tensor) -> Call:
 
 def _onnx(model: nn.Module, sample: torch.Tensor) -> bytes:
     """The model as ONNX bytes, by the tracing exporter: it folds the batch norms, and needs no onnxscript."""
-    file = io.BytesIO()
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
             warnings.simplefilter("ignore")
-            torch.onnx.export(copy.deepcopy(model), (sample,), file, dynamo=False)
+            path = Path(folder) / "model.onnx"
+            torch.onnx.export(copy.deepcopy(model), (sample,), path, dynamo=False)
+            return path.read_bytes()
     finally:
         quiet.setLevel(level)
-    return file.getvalue()
 
 
 def tensorrt_reason(device: str, dtype: str) -> str | None:

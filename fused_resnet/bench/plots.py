@@ -38,19 +38,20 @@ def speedups(results: Results, path: str | os.PathLike[str]) -> Path | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    lines = -(-len(groups) // GROUPS_A_LINE)
+    a_line = min(GROUPS_A_LINE, len(groups))
+    lines = -(-len(groups) // a_line)
     tallest = max(row.vs_stock or 0 for _, rows in groups for row in rows)
-    figure, axes = plt.subplots(lines, 1, figsize=(13, 0.9 + 3.3 * lines), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(lines, 1, figsize=(max(8.5, 3.4 * a_line), 0.9 + 3.3 * lines), squeeze=False, sharey=True)
     for line, ax in enumerate(axes[:, 0]):
-        _draw(ax, groups[line * GROUPS_A_LINE:(line + 1) * GROUPS_A_LINE], tallest)
+        _draw(ax, groups[line * a_line:(line + 1) * a_line], tallest, a_line)
     names = [name for name in ORDER if any(row.provider == name for _, rows in groups for row in rows)]
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in names]
     environment = results.environment
     machine = environment.get("gpu") or f"{environment.get('cpu')}, {environment.get('threads')} threads"
     figure.suptitle(f"Speed over the best eager PyTorch (higher is better; the number on a bar is milliseconds)\n"
                     f"{machine}, torch {environment.get('torch')}", fontsize=11, y=0.995)
-    figure.legend(handles, names, loc="lower center", ncol=min(len(names), 8), frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0.9 / (0.9 + 3.3 * lines) * 0.35, 1, 1))
+    figure.legend(handles, names, loc="lower center", ncol=min(len(names), 4 if a_line < 3 else 8), frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, (0.32 if a_line > 2 or len(names) < 5 else 0.55) / (0.9 + 3.3 * lines), 1, 1))
     try:
         figure.savefig(path, dpi=110)
     except OSError as error:
@@ -70,7 +71,7 @@ def _groups(rows: Sequence[Row]) -> list[tuple[tuple[str, str, str, int], list[R
             sorted(found.items(), key=lambda item: (item[0][0], item[0][2] != "fp32", item[0][2], -item[0][3]))]
 
 
-def _draw(ax: Any, groups: Sequence[tuple[tuple[str, str, str, int], list[Row]]], tallest: float) -> None:
+def _draw(ax: Any, groups: Sequence[tuple[tuple[str, str, str, int], list[Row]]], tallest: float, a_line: int) -> None:
     width = 0.86 / max(len(rows) for _, rows in groups)
     for place, (_, rows) in enumerate(groups):
         for i, row in enumerate(rows):
@@ -79,13 +80,14 @@ def _draw(ax: Any, groups: Sequence[tuple[tuple[str, str, str, int], list[Row]]]
             ax.bar(x, height, width * 0.92, color=COLOURS[row.provider], zorder=2,
                    edgecolor="black" if ours else "none", linewidth=0.8)
             ax.annotate(f"{row.ms_p50:.3g}", (x, height), (0, 2), textcoords="offset points",
-                        ha="center", va="bottom", fontsize=7.5, fontweight="bold" if ours else "normal")
+                        ha="center", va="bottom", fontsize=7.5, fontweight="bold" if ours else "normal", zorder=3,
+                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4})
     ax.axhline(1, color="black", linewidth=0.8, linestyle="--", zorder=1)
     ax.set_xticks(range(len(groups)), [
         f"{model}, {dtype}, batch {batch}" + (f"\nbest eager {_best_eager(rows):.3g} images/s" if rows else "")
         for (model, _, dtype, batch), rows in groups], fontsize=9)
     ax.set_ylabel("x best eager", fontsize=9)
-    ax.set_xlim(-0.55, GROUPS_A_LINE - 0.45)
+    ax.set_xlim(-0.55, a_line - 0.45)
     ax.set_ylim(0, tallest * 1.12)
     ax.grid(axis="y", color="#e5e5e5", zorder=0)
     ax.set_axisbelow(True)

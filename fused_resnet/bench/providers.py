@@ -18,6 +18,7 @@ from torch import nn
 
 from fused_resnet import backends
 from fused_resnet.bench import peers
+from fused_resnet.bench.stock import in_memory_format
 from fused_resnet.fusing import fuse, report
 
 Call = Callable[[Any], Any]
@@ -57,7 +58,7 @@ class Provider:
 
 
 def _copy_channels_last(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).to(memory_format=torch.channels_last)
+    return in_memory_format(copy.deepcopy(model), torch.channels_last)
 
 
 def _eager(model: nn.Module, sample: torch.Tensor) -> Call:

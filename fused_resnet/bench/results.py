@@ -23,7 +23,8 @@ DEVICES = ("cpu", "cuda")
 MODES = ("inference", "training", "latency")
 STATUSES = ("ok", "wrong", "failed")
 EAGER = ("eager", "eager_channels_last")  # the stock configurations that a speed-up is quoted over
-PEERS = ("onnxruntime", "openvino", "tensorrt", "torch_tensorrt", "torchvision", "timm", "transformers", "numpy", "onnx")
+PEERS = ("onnxruntime", "openvino", "tensorrt", "torch_tensorrt", "torchvision", "timm", "transformers", "numpy",
+         "onnx")
 
 
 @dataclass
@@ -211,12 +212,16 @@ def commit() -> str:
     if not (root / ".git").exists():
         return ""
     try:
-        head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        dirty = subprocess.run(["git", "-C", root, "status", "--porcelain", "--untracked-files=no", "--", "fused_resnet"],
-                               capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        head = _git(root, "rev-parse", "HEAD")
+        dirty = _git(root, "status", "--porcelain", "--untracked-files=no", "--", "fused_resnet")
+    except (OSError, subprocess.SubprocessError):
         return ""
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else ""
+    return head + ("+" if dirty else "")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10,
+                          check=True).stdout.strip()
 
 
 def machine_slug() -> str:

@@ -139,9 +139,10 @@ class Session:
         if not running:
             return
         self.tell(f"{group.job}: timing {len(running)} providers", 0.7)
+        calls = {name: e.call for name, e in running.items() if e.call is not None}
         samples = timing.measure(
-            {name: e.call for name, e in running.items() if e.call}, {name: e.inputs for name, e in running.items()},
-            device=group.job.device, budget=min(TIMING_CAP, end - time.perf_counter()),
+            calls, {name: e.inputs for name, e in running.items()}, device=group.job.device,
+            budget=min(TIMING_CAP, end - time.perf_counter()),
             on_round=lambda share: self.tell(f"{group.job}: timing {len(running)} providers", 0.7 + 0.3 * share))
         group.rounds = len(next(iter(samples.values())))
         eager = [name for name in EAGER if name in samples]
@@ -199,7 +200,8 @@ def _prepare(job: Job, provider: Provider, model: nn.Module, pool: list[torch.Te
         entry.warm_ms = (time.perf_counter() - started) * 1e3
         if provider.counted or job.device == "cuda":
             entry.launches = launches.count(lambda: call(entry.inputs[0]), device=job.device)
-        entry.row = replace(row, peak_mem_mb=peak.mb, launches=entry.launches and sum(entry.launches.values()))
+        counted = None if entry.launches is None else sum(entry.launches.values())
+        entry.row = replace(row, peak_mem_mb=peak.mb, launches=counted)
         entry.call = call
     except Exception as error:  # a peer's failure is its row's business, the others go on
         entry.row = replace(row, status="failed", reason=one_line(error))

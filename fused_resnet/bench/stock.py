@@ -59,6 +59,11 @@ PLAIN = {ours.BasicBlock: BasicBlock, ours.Bottleneck: Bottleneck, models.ResNet
          models.CifarResNet: CifarResNet}
 
 
+def in_memory_format(model: nn.Module, memory_format: torch.memory_format) -> nn.Module:
+    """`model.to(memory_format=...)`, in place; torch's annotations do not know that keyword on its own."""
+    return model.to(memory_format=memory_format)  # type: ignore[call-overload]
+
+
 def plain(model: nn.Module) -> nn.Module:
     """A copy of `model` whose residual blocks and networks run torchvision's forwards.
 

@@ -27,7 +27,7 @@ def bench(
     weights: Annotated[Path | None, typer.Option(help="state dict for the model (one model only)")] = None,
     images: Annotated[Path | None, typer.Option(help="folder of pictures; default: scikit-image's")] = None,
     size: Annotated[int, typer.Option(help="edge of the input in pixels", min=8)] = pictures.SIZE,
-    budget: Annotated[float, typer.Option(help="seconds for everything; dropped first: the slow compilers", min=0)] = 210,
+    budget: Annotated[float, typer.Option(help="seconds; the slow compilers are dropped first", min=0)] = 210,
     threads: Annotated[int | None, typer.Option(help="PyTorch's thread count")] = None,
     out: Annotated[Path | None, typer.Option(help="folder; default: benchmarks/results/<machine>")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no notes")] = False,
@@ -72,7 +72,9 @@ def _prepare(built: dict[str, nn.Module], weights: Path | None, photographs: tor
         if weights is not None:
             models.load_weights(network, weights)
         else:
-            pictures.calibrate(network, photographs[:CALIBRATION], say=lambda text, n=name: console.say(f"{n}: {text}", quiet))
+            said: list[str] = []
+            pictures.calibrate(network, photographs[:CALIBRATION], say=said.append)
+            console.say(f"{name}: {said[0]}", quiet)
 
 
 class _Sheet:
@@ -111,7 +113,8 @@ def table(group: session.Group) -> Table:
         row = entry.row
         style = "bold green" if entry.provider.ours and row.status == "ok" else "red" if row.status != "ok" else None
         if row.ms_p50 is None:
-            shown.add_row(row.provider, row.status, "", "", "", _number(row.rel_error, ".1e"), "", "", row.reason, style=style)
+            shown.add_row(row.provider, row.status, "", "", "", _number(row.rel_error, ".1e"), "", "", row.reason,
+                          style=style)
             continue
         shown.add_row(row.provider + (f" ({row.backend})" if row.backend else ""), _number(row.ms_p50, ".4g"),
                       f"{row.ms_p20:.4g} .. {row.ms_p80:.4g}", _number(row.images_per_s, ".1f"),

@@ -77,7 +77,8 @@ def _table(name: str, rows: list[dict[str, str]]) -> Table:
     for head in ("name", "pattern", "status", "backend", "launches", "reason"):
         shown.add_column(head, overflow="fold")
     for row in rows:
-        shown.add_row(row["name"], row["pattern"], _coloured(row["status"]), row["backend"], row["launches"], row["reason"])
+        shown.add_row(row["name"], row["pattern"], _coloured(row["status"]), row["backend"], row["launches"],
+                      row["reason"])
     return shown
 
 

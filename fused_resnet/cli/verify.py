@@ -27,6 +27,10 @@ class LayerError:
     fused: float
     stock: float
 
+    @property
+    def ratio(self) -> float:
+        return self.fused / max(self.stock, 1e-30)
+
 
 def verify(
     model: Annotated[str, typer.Argument(help=models.HELP)],
@@ -74,7 +78,7 @@ def layers(stock: nn.Module, sample: torch.Tensor) -> list[LayerError]:
     fused = _outputs(_blockwise(stock, names), names, sample)
     rows = [LayerError(name, type(stock.get_submodule(name)).__name__, numerics.measure(fused[name], exact[name]).rel,
                        numerics.measure(plain[name], exact[name]).rel) for name in exact]
-    return sorted(rows, key=lambda row: row.fused / max(row.stock, 1e-30), reverse=True)
+    return sorted(rows, key=lambda row: row.ratio, reverse=True)
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -118,5 +122,5 @@ def _table(rows: list[LayerError], worst: int) -> Table:
     for head in ("fused error", "stock error", "ratio"):
         shown.add_column(head, justify="right")
     for row in rows[:worst]:
-        shown.add_row(row.name, row.kind, f"{row.fused:.2e}", f"{row.stock:.2e}", f"{row.fused / max(row.stock, 1e-30):.2f}")
+        shown.add_row(row.name, row.kind, f"{row.fused:.2e}", f"{row.stock:.2e}", f"{row.ratio:.2f}")
     return shown
