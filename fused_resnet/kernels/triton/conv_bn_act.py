@@ -192,10 +192,12 @@ def constants(problem: ConvProblem, tile: Tile) -> dict[str, Any]:
 
 def bind(problem: ConvProblem, operands: ConvOperands, y: torch.Tensor, tile: Tile) -> tuple[Any, int, dict[str, Any]]:
     """The kernel, the number of programs and the arguments of the launch that writes `y`."""
-    weight = operands.weight
-    if not weight.is_contiguous(memory_format=torch.channels_last):
-        weight = packed("krsc", (weight,), lambda: operands.weight.contiguous(memory_format=torch.channels_last))
+    weight, dtype = operands.weight, operands.x.dtype
+    if weight.dtype != dtype or not weight.is_contiguous(memory_format=torch.channels_last):
+        weight = packed(("krsc", dtype), (weight,), lambda: operands.weight.detach().to(
+            dtype, memory_format=torch.channels_last))
     arguments = operands._asdict() | {"weight": weight, "y": y} | constants(problem, tile)
+    del arguments["reuse"]
     groups = problem.groups if tile.kernel == "gemm" else 1
     programs = cdiv(arguments["M"], tile.BLOCK_M) * groups * cdiv(problem.K // groups, tile.BLOCK_N)
     return (conv_gemm if tile.kernel == "gemm" else conv_depthwise), programs, arguments
