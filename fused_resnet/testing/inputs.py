@@ -38,14 +38,19 @@ def make(problem: ConvProblem, seed: int = 0, device: str | None = None) -> Conv
         return [uniform(size, 0.5, 1.5) * sign, uniform(size, -0.5, 0.5), uniform(size, -0.5, 0.5),
                 uniform(size, 0.5, 2.0)]
 
-    n, c, k = problem.N, problem.C, problem.K
-    return ConvOperands(
-        nhwc(normal(n, c, problem.H, problem.W)),
-        normal(k, c // problem.groups, problem.R, problem.S, scale=problem.depth**-0.5),
-        normal(k, scale=0.5) if problem.bias else None,
-        *(norm(k) if problem.norm else [None] * 4),
-        nhwc(normal(*problem.output_shape)) if problem.residual else None,
-        *(norm(c) if problem.prologue else [None] * 4))
+    p = problem
+    parts: dict[str, torch.Tensor] = {
+        "x": nhwc(normal(p.N, p.C, p.H, p.W)),
+        "weight": normal(p.K, p.C // p.groups, p.R, p.S, scale=p.depth**-0.5)}
+    if p.bias:
+        parts["bias"] = normal(p.K, scale=0.5)
+    if p.norm:
+        parts |= zip(("gamma", "beta", "mean", "var"), norm(p.K), strict=True)
+    if p.residual:
+        parts["residual"] = nhwc(normal(*p.output_shape))
+    if p.prologue:
+        parts |= zip(("pre_gamma", "pre_beta", "pre_mean", "pre_var"), norm(p.C), strict=True)
+    return ConvOperands(**parts)  # type: ignore[arg-type]
 
 
 def arguments(problem: ConvProblem, o: ConvOperands) -> tuple:
@@ -57,6 +62,6 @@ def arguments(problem: ConvProblem, o: ConvOperands) -> tuple:
 def stock(problem: ConvProblem, o: ConvOperands, dtype: torch.dtype | None = None) -> torch.Tensor:
     """What stock operators return, in the operands' precision or in `dtype` (fp64 is the yardstick)."""
     if dtype is not None:
-        o = ConvOperands(*[v.to(dtype) if isinstance(v, torch.Tensor) else v for v in o])
+        o = o._replace(**{f: v.to(dtype) for f, v in o._asdict().items() if isinstance(v, torch.Tensor)})
     with torch.no_grad():
         return family.reference(*arguments(problem, o))
