@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fused_resnet.numerics import DTYPES
@@ -39,7 +41,7 @@ def make(problem: ConvProblem, seed: int = 0, device: str | None = None) -> Conv
                 uniform(size, 0.5, 2.0)]
 
     p = problem
-    parts: dict[str, torch.Tensor] = {
+    parts: dict[str, Any] = {
         "x": nhwc(normal(p.N, p.C, p.H, p.W)),
         "weight": normal(p.K, p.C // p.groups, p.R, p.S, scale=p.depth**-0.5)}
     if p.bias:
@@ -50,7 +52,7 @@ def make(problem: ConvProblem, seed: int = 0, device: str | None = None) -> Conv
         parts["residual"] = nhwc(normal(*p.output_shape))
     if p.prologue:
         parts |= zip(("pre_gamma", "pre_beta", "pre_mean", "pre_var"), norm(p.C), strict=True)
-    return ConvOperands(**parts)  # type: ignore[arg-type]
+    return ConvOperands(**parts)
 
 
 def arguments(problem: ConvProblem, o: ConvOperands) -> tuple:
@@ -62,6 +64,7 @@ def arguments(problem: ConvProblem, o: ConvOperands) -> tuple:
 def stock(problem: ConvProblem, o: ConvOperands, dtype: torch.dtype | None = None) -> torch.Tensor:
     """What stock operators return, in the operands' precision or in `dtype` (fp64 is the yardstick)."""
     if dtype is not None:
-        o = o._replace(**{f: v.to(dtype) for f, v in o._asdict().items() if isinstance(v, torch.Tensor)})
+        wide: dict[str, Any] = {f: v.to(dtype) for f, v in o._asdict().items() if isinstance(v, torch.Tensor)}
+        o = o._replace(**wide)
     with torch.no_grad():
         return family.reference(*arguments(problem, o))
