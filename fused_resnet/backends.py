@@ -14,6 +14,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import json
 import math
 import os
 import platform
@@ -192,9 +193,9 @@ def _choose(family: str, problem: ConvProblem) -> Choice:
         if reason is not None:
             raise ValueError(f"backend {forced!r} cannot run {problem.id}: {reason}")
         return _bind(family, forced, problem)
-    row = cache().get(f"tuned {family} {problem.id} {device_name(problem.device)}")
     order = HEURISTIC.get(problem.device, ("reference",))
-    if isinstance(row, dict) and row.get("backend") in NAMES:
+    row = _tuned(family, problem)
+    if row.get("backend") in NAMES:
         order = (row["backend"], *order)
     name = next(name for name in order if _refusal(family, name, problem) is None)
     return _bind(family, name, problem)
@@ -204,9 +205,13 @@ def _bind(family: str, name: str, problem: ConvProblem) -> Choice:
     if name == "reference":
         return Choice(name, _references[family])
     kernel = _kernel(family, name)
+    forward = kernel.forward
+    tile = _tuned(family, problem).get("tile")
+    if tile is not None and hasattr(kernel, "with_tile"):
+        forward = kernel.with_tile(tile)
     mode = setting("SELF_CHECK", "first")
     trusted = mode == "off" or (mode == "first" and cache().get(_verdict_key(family, name, problem)) == "ok")
-    return Choice(name, kernel.forward, kernel.FOLDED, kernel.needs_finite(problem), trusted)
+    return Choice(name, forward, kernel.FOLDED, kernel.needs_finite(problem), trusted)
 
 
 def _refusal(family: str, name: str, problem: ConvProblem) -> str | None:
@@ -237,8 +242,16 @@ def device_name(device: str) -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} torch {torch.__version__}"
 
 
+def _tuned(family: str, problem: ConvProblem) -> dict[str, Any]:
+    """What tuning found for this problem on this device: {"backend", "tile", ...}, or nothing."""
+    row = cache().get(f"tuned {family} {problem.id} {device_name(problem.device)}")
+    return row if isinstance(row, dict) else {}
+
+
 def _verdict_key(family: str, name: str, problem: ConvProblem) -> str:
-    return f"verdict {family} {name} {problem.layer.id} {device_name(problem.device)}"
+    tile = _tuned(family, problem).get("tile")
+    variant = f"{name} {json.dumps(tile, sort_keys=True)}" if tile and hasattr(_kernel(family, name), "with_tile") else name
+    return f"verdict {family} {variant} {problem.layer.id} {device_name(problem.device)}"
 
 
 def _self_check(family: str, choice: Choice, problem: ConvProblem, operands: Any, result: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ kernel accumulates elementwise. The norm's vectors are read live, so nothing goe
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -201,6 +202,11 @@ def bind(problem: ConvProblem, operands: ConvOperands, y: torch.Tensor, tile: Ti
     groups = problem.groups if tile.kernel == "gemm" else 1
     programs = cdiv(arguments["M"], tile.BLOCK_M) * groups * cdiv(problem.K // groups, tile.BLOCK_N)
     return (conv_gemm if tile.kernel == "gemm" else conv_depthwise), programs, arguments
+
+
+def with_tile(tile: dict[str, Any]) -> Callable[[ConvProblem, ConvOperands], torch.Tensor]:
+    """`forward` with the tile of a tuned row."""
+    return functools.partial(forward, tile=Tile(**tile))
 
 
 def forward(problem: ConvProblem, operands: ConvOperands, tile: Tile | None = None) -> torch.Tensor:
