@@ -250,8 +250,9 @@ def _tuned(family: str, problem: ConvProblem) -> dict[str, Any]:
 
 def _verdict_key(family: str, name: str, problem: ConvProblem) -> str:
     tile = _tuned(family, problem).get("tile")
-    variant = f"{name} {json.dumps(tile, sort_keys=True)}" if tile and hasattr(_kernel(family, name), "with_tile") else name
-    return f"verdict {family} {variant} {problem.layer.id} {device_name(problem.device)}"
+    if tile and hasattr(_kernel(family, name), "with_tile"):
+        name = f"{name} {json.dumps(tile, sort_keys=True)}"
+    return f"verdict {family} {name} {problem.layer.id} {device_name(problem.device)}"
 
 
 def _self_check(family: str, choice: Choice, problem: ConvProblem, operands: Any, result: torch.Tensor) -> torch.Tensor:
