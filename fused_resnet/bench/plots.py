@@ -41,7 +41,8 @@ def speedups(results: Results, path: str | os.PathLike[str]) -> Path | None:
     a_line = min(GROUPS_A_LINE, len(groups))
     lines = -(-len(groups) // a_line)
     tallest = max(row.vs_stock or 0 for _, rows in groups for row in rows)
-    figure, axes = plt.subplots(lines, 1, figsize=(max(8.5, 3.4 * a_line), 0.9 + 3.3 * lines), squeeze=False, sharey=True)
+    width, height = max(8.5, 3.4 * a_line), 0.9 + 3.3 * lines
+    figure, axes = plt.subplots(lines, 1, figsize=(width, height), squeeze=False, sharey=True)
     for line, ax in enumerate(axes[:, 0]):
         _draw(ax, groups[line * a_line:(line + 1) * a_line], tallest, a_line)
     names = [name for name in ORDER if any(row.provider == name for _, rows in groups for row in rows)]
@@ -50,8 +51,9 @@ def speedups(results: Results, path: str | os.PathLike[str]) -> Path | None:
     machine = environment.get("gpu") or f"{environment.get('cpu')}, {environment.get('threads')} threads"
     figure.suptitle(f"Speed over the best eager PyTorch (higher is better; the number on a bar is milliseconds)\n"
                     f"{machine}, torch {environment.get('torch')}", fontsize=11, y=0.995)
-    figure.legend(handles, names, loc="lower center", ncol=min(len(names), 4 if a_line < 3 else 8), frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, (0.32 if a_line > 2 or len(names) < 5 else 0.55) / (0.9 + 3.3 * lines), 1, 1))
+    columns = 4 if a_line < 3 else 8
+    figure.legend(handles, names, loc="lower center", ncol=min(len(names), columns), frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, (0.32 if len(names) <= columns else 0.55) / height, 1, 1))
     try:
         figure.savefig(path, dpi=110)
     except OSError as error:
