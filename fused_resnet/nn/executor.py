@@ -90,7 +90,8 @@ def ambient(tensors: Iterable[Any], parameters: Callable[[], Iterable[torch.Tens
             return f"an input is a {type(t).__name__}, not a plain tensor"
         if t.layout is not torch.strided or t.is_meta:
             return "an input is sparse or has no data"
-    if torch.is_grad_enabled() and (any(t.requires_grad for t in tensors) or any(p.requires_grad for p in parameters())):
+    if torch.is_grad_enabled() and (any(t.requires_grad for t in tensors)
+                                    or any(p.requires_grad for p in parameters())):
         return GRAD
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return "a dispatch mode or a functorch transform is active"
@@ -176,11 +177,13 @@ def launch(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None, activation:
         x = x.to(dtype)
     elif weight.dtype is not dtype:
         return None
-    first = mean if mean is not None else p_mean
-    if first is not None and first.dtype is not dtype and first.dtype is not torch.float32:
-        return None
+    for module, statistics in ((norm, mean), (prologue and prologue[0], p_mean)):
+        # a frozen norm multiplies and adds: fp32 beside 16-bit data gives fp32
+        if module is not None and statistics.dtype is not dtype and (statistics.dtype is not torch.float32
+                                                                     or is_frozen(module)):
+            return None
     if (x.dim() != 4 or x.shape[1] != weight.shape[1] * conv.groups or x.device != weight.device
-            or eps <= 0 or dtype not in family.NAMES):
+            or min(eps, p_eps) <= 0 or dtype not in family.NAMES):
         return None
     if residual is not None and (residual.dtype is not dtype or residual.shape[1] != weight.shape[0]):
         return None
@@ -213,7 +216,8 @@ def stock(x: Any, conv: nn.Module, norm: nn.Module | None, activation: nn.Module
 
 
 def run(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None = None, activation: nn.Module | None = None,
-        residual: torch.Tensor | None = None, prologue: tuple[nn.Module, nn.Module | None] | None = None) -> torch.Tensor:
+        residual: torch.Tensor | None = None,
+        prologue: tuple[nn.Module, nn.Module | None] | None = None) -> torch.Tensor:
     """activation(norm(conv(x)) + residual) in one launch where every guard holds, else module by module.
 
     Args:
@@ -240,7 +244,8 @@ def run(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None = None, activat
     reason = reason or blocked(conv, norm, activation)
     if reason is None and prologue is not None:
         reason = norm_blocked(prologue[0]) or activation_blocked(prologue[1])
-    if reason is None and not state.inside and not any(map(suggests_channels_last, (x, conv.weight))):
+    if reason is None and not (state.inside or suggests_channels_last(x)
+                               or suggests_channels_last(conv.weight)):  # type: ignore[arg-type]
         reason = "contiguous tensors outside of a planned region: converting costs more than one launch gains"
     if reason is None and not x.numel():
         reason = "there is nothing to compute"
@@ -274,7 +279,7 @@ class _Survey:
         return not self._known or any(self._hooks)
 
     def channels_last(self) -> bool:
-        return any(suggests_channels_last(m._parameters["weight"]) for m in self._convs)
+        return any(suggests_channels_last(m.weight) for m in self._convs)
 
 
 _surveys: weakref.WeakKeyDictionary[nn.Module, _Survey] = weakref.WeakKeyDictionary()
