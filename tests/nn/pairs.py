@@ -1,13 +1,13 @@
 """Our blocks beside the stock blocks that they stand in for, with equal weights."""
 
-from tests import seeds
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision.models.resnet as tv
-from tests.nets import randomize
 from torchvision.ops.misc import Conv2dNormActivation, FrozenBatchNorm2d
 
 import fused_resnet.nn as ours
+from tests import seeds
+from tests.nets import randomize
 
 
 class PreActBlock(nn.Module):

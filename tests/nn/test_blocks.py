@@ -6,12 +6,12 @@ import pickle
 
 import pytest
 import torch
-from tests.nets import judge
-from tests.nn.pairs import BLOCKS, PARTLY, pair
 from torch import nn
 
 import fused_resnet.nn as ours
 from fused_resnet import backends
+from tests.nets import judge
+from tests.nn.pairs import BLOCKS, PARTLY, pair
 
 LAYOUTS = {"nchw": (torch.contiguous_format, torch.contiguous_format),
            "channels_last": (torch.channels_last, torch.channels_last),
@@ -76,7 +76,7 @@ def test_strides_of_odd_shapes_are_stocks(name, shape, layout):
     with torch.no_grad():
         y, expected = mine(x), stock(x)
     assert y.shape == expected.shape
-    if y.shape[2:] != (1, 1) or name != "preact":  # no norm at its end: oneDNN picks strides that say the same
+    if name != "preact" or y[0:1, 0].numel() > 1:  # it ends in a bare convolution: oneDNN picks equivalent strides
         assert y.stride() == expected.stride()
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
