@@ -2,8 +2,8 @@
 
 `ConvProblem` is five things at once: the dispatch key, the tuning key, the test id, the benchmark
 row key and the cost model. It holds sizes and flags, never tensors. It is a NamedTuple because one
-is built and hashed for every convolution of every eager forward: 0.9 us, a frozen dataclass of the
-same fields costs 5 us.
+is built and hashed for every convolution of every eager forward: 0.3 us, a frozen dataclass of the
+same fields costs 1.6 us.
 """
 
 from __future__ import annotations
