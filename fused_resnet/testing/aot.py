@@ -55,10 +55,13 @@ def build(kernel: Any, arguments: Mapping[str, Any], arch: int, options: Mapping
         options: num_warps and num_stages.
 
     Raises:
-        TypeError: the kernel was made for the interpreter.
+        TypeError: the kernel was made for the interpreter, or a launch would refuse the arguments' names, which the
+            interpreter does not.
     """
     if not isinstance(kernel, triton.JITFunction):
         raise TypeError(f"{kernel!r} was made for the interpreter; unset TRITON_INTERPRET before triton is imported")
+    if wrong := set(arguments) ^ set(kernel.arg_names):
+        raise TypeError(f"missing or unknown arguments: {sorted(wrong)}")
     types, values, hints = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]

@@ -24,11 +24,9 @@ CHECK = [
 GEMM, EPILOGUE = "conv_bn_act.py", "epilogue.py"
 # What is broken -> (file, what stands there, what is put there instead).
 FAULTS = {
-    "columns left of the image are read": (GEMM,
-        "ok = ok & (h >= 0) & (h < H) & (w >= 0)", "ok = ok & (h >= 0) & (h < H)"),
-    "rows below the image are read": (GEMM, "ok = ok & (h >= 0) & (h < H)", "ok = ok & (h >= 0)"),
-    "depthwise reads right of the image": (GEMM, "ok = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)",
-                                           "ok = inside & (h >= 0) & (h < H) & (w >= 0)"),
+    "columns left of the image are read": (GEMM, "(h < H) & (w >= 0) & (w < W)", "(h < H) & (w < W)"),
+    "rows below the image are read": (GEMM, "(h >= 0) & (h < H)", "(h >= 0)"),
+    "depthwise reads padding": (GEMM, "ok = inside & in_image(h0 + r * DIL_H, w0 + s * DIL_W, H, W)", "ok = inside"),
     "mean and var are swapped": (EPILOGUE, "tl.load(mean + channel", "tl.load(var + channel"),
     "the residual is skipped": (EPILOGUE, "acc += tl.load(residual", "tl.load(residual"),
     "ReLU comes before the add": (EPILOGUE,
@@ -43,10 +41,10 @@ FAULTS = {
                                      "activate(xs * scale + shift, PROLOGUE)"),
     "the prologue takes another group's vectors": (GEMM,
         "pre_eps, group * CG + cx, cx < CG", "pre_eps, cx + 1, cx < CG"),
-    "columns take the stride of rows": (GEMM, "w0 = m % Q * STRIDE_W", "w0 = m % Q * STRIDE_H"),
-    "rows are not dilated": (GEMM, "h = h0 + rx * DIL_H", "h = h0 + rx"),
+    "columns take the stride of rows": (GEMM, "w = m % Q * STRIDE_W", "w = m % Q * STRIDE_H"),
+    "rows are not dilated": (GEMM, "in_image(h0 + rx * DIL_H", "in_image(h0 + rx"),
     "taps are not dilated": (GEMM, "(rx * DIL_H * W + sx * DIL_W) * C + cx", "(rx * W + sx) * C + cx"),
-    "every group reads the first": (GEMM, "+ w0) * C + group * CG", "+ w0) * C"),
+    "every group reads the first": (GEMM, "x + corner + group * CG", "x + corner"),
     "every group has the filters of the first": (GEMM, "filters = (group * KG + k) * DEPTH", "filters = k * DEPTH"),
     "channels of the next pixel count": (GEMM, "ok = ok & (ex < left)", "ok = ok & (ex < left + 1)"),
     "the tail of the channels counts": (GEMM, "% BLOCK_K != 0", "% BLOCK_K < 0"),

@@ -30,6 +30,36 @@ LARGEST_INDEX = 2**31 - 1
 SIZES = ["M", "H", "W", "P", "Q", "eps", "pre_eps"]
 
 
+@triton.jit
+def locate(m, H, W, P, Q, C: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr,
+           PAD_W: tl.constexpr):
+    """Row, column and offset of the first tap of output pixels `m`; all three may lie outside of the image."""
+    row = m // Q
+    h = row % P * STRIDE_H - PAD_H
+    w = m % Q * STRIDE_W - PAD_W
+    return h, w, ((row // P * H + h) * W + w) * C
+
+
+@triton.jit
+def in_image(h, w, H, W):
+    return (h >= 0) & (h < H) & (w >= 0) & (w < W)
+
+
+@triton.jit
+def advance(r, s, c, CG: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The next block of channels, and after a tap's last the next tap.
+
+    Counters, because div and mod of a flattened step were miscompiled on Hopper (pytorch#173068).
+    """
+    if CG > BLOCK_K:
+        c = tl.multiple_of(tl.where(c + BLOCK_K >= CG, 0, c + BLOCK_K), BLOCK_K)
+    if R * S > 1:
+        s += tl.where(c == 0, 1, 0)
+        r += tl.where(s == S, 1, 0)
+        s = tl.where(s == S, 0, s)
+    return r, s, c
+
+
 @triton.jit(do_not_specialize=SIZES)
 def conv_gemm(x, weight, y, residual, bias, gamma, beta, mean, var, eps,
               pre_gamma, pre_beta, pre_mean, pre_var, pre_eps, M, H, W, P, Q,
@@ -55,6 +85,7 @@ def conv_gemm(x, weight, y, residual, bias, gamma, beta, mean, var, eps,
     pid = tl.program_id(0)
     if WIDE:
         pid = pid.to(tl.int64)
+        W = W.to(tl.int64)
     group = pid % (GROUPS * TILES) // TILES
     m = pid // (GROUPS * TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = pid % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -65,18 +96,12 @@ def conv_gemm(x, weight, y, residual, bias, gamma, beta, mean, var, eps,
     else:  # x is [BLOCK_M, BLOCK_K], weight [BLOCK_K, BLOCK_N]
         m, k, ex, ew = m[:, None], k[None, :], e[None, :], e[:, None]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    h0 = m // Q % P * STRIDE_H - PAD_H
-    w0 = m % Q * STRIDE_W - PAD_W
+    h0, w0, corner = locate(m, H, W, P, Q, C, STRIDE_H, STRIDE_W, PAD_H, PAD_W)
     if SINGLE and STRIDE_H == 1 and STRIDE_W == 1:
-        corner = m * C + group * CG
-    else:
-        corner = ((m // (P * Q) * H + h0) * W + w0) * C + group * CG
+        corner = m * C  # the same without a division
     filters = (group * KG + k) * DEPTH
 
-    # Counters instead of div and mod of the step: that form was miscompiled on Hopper (pytorch#173068).
-    r = 0
-    s = 0
-    c = 0
+    r, s, c = 0, 0, 0
     for step in range(STEPS):
         if FLAT:
             start = step * BLOCK_K
@@ -89,14 +114,12 @@ def conv_gemm(x, weight, y, residual, bias, gamma, beta, mean, var, eps,
             left = CG - c
         ok = m < M
         if not SINGLE:
-            h = h0 + rx * DIL_H
-            w = w0 + sx * DIL_W
-            ok = ok & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            ok = ok & in_image(h0 + rx * DIL_H, w0 + sx * DIL_W, H, W)
         w_ok = k < KG
         if RAGGED:
             ok = ok & (ex < left)
             w_ok = w_ok & (ew < left)
-        xs = tl.load(x + corner + (rx * DIL_H * W + sx * DIL_W) * C + cx, mask=ok, other=0.0)
+        xs = tl.load(x + corner + group * CG + (rx * DIL_H * W + sx * DIL_W) * C + cx, mask=ok, other=0.0)
         ws = tl.load(weight + filters + start + ew, mask=w_ok, other=0.0)
         if PROLOGUE != "":
             scale, shift = fold(None, pre_gamma, pre_beta, pre_mean, pre_var, pre_eps, group * CG + cx, cx < CG)
@@ -107,12 +130,7 @@ def conv_gemm(x, weight, y, residual, bias, gamma, beta, mean, var, eps,
         else:
             acc = tl.dot(xs, ws, acc, input_precision=PRECISION)
         if not FLAT:
-            if CG > BLOCK_K:
-                c = tl.multiple_of(tl.where(c + BLOCK_K >= CG, 0, c + BLOCK_K), BLOCK_K)
-            if R * S > 1:
-                s += tl.where(c == 0, 1, 0)
-                r += tl.where(s == S, 1, 0)
-                s = tl.where(s == S, 0, s)
+            r, s, c = advance(r, s, c, CG, R, S, BLOCK_K)
 
     channel = group * KG + k
     finish(acc, y, residual, m * K + channel, (m < M) & (k < KG), bias, gamma, beta, mean, var, eps,
@@ -131,12 +149,11 @@ def conv_depthwise(x, weight, y, residual, bias, gamma, beta, mean, var, eps,
     pid = tl.program_id(0)
     if WIDE:
         pid = pid.to(tl.int64)
+        W = W.to(tl.int64)
     m = (pid // TILES * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     k = (pid % TILES * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     c = k // (K // C)
-    h0 = m // Q % P * STRIDE_H - PAD_H
-    w0 = m % Q * STRIDE_W - PAD_W
-    corner = ((m // (P * Q) * H + h0) * W + w0) * C + c
+    h0, w0, corner = locate(m, H, W, P, Q, C, STRIDE_H, STRIDE_W, PAD_H, PAD_W)
     inside = (m < M) & (k < K)
     if PROLOGUE != "":
         scale, shift = fold(None, pre_gamma, pre_beta, pre_mean, pre_var, pre_eps, c, k < K)
@@ -144,10 +161,8 @@ def conv_depthwise(x, weight, y, residual, bias, gamma, beta, mean, var, eps,
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for r in range(R):
         for s in tl.static_range(S):
-            h = h0 + r * DIL_H
-            w = w0 + s * DIL_W
-            ok = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            xs = tl.load(x + corner + (r * DIL_H * W + s * DIL_W) * C, mask=ok, other=0.0).to(tl.float32)
+            ok = inside & in_image(h0 + r * DIL_H, w0 + s * DIL_W, H, W)
+            xs = tl.load(x + corner + c + (r * DIL_H * W + s * DIL_W) * C, mask=ok, other=0.0).to(tl.float32)
             if PROLOGUE != "":
                 xs = tl.where(ok, activate(xs * scale + shift, PROLOGUE), 0.0)
             acc += xs * tl.load(weight + k * (R * S) + r * S + s, mask=k < K, other=0.0).to(tl.float32)

@@ -34,6 +34,10 @@ class Tile:
     SWAP: bool = False
     label: str = "heuristic"
 
+    def __str__(self) -> str:
+        sizes = f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K}-w{self.num_warps}s{self.num_stages}"
+        return f"{self.kernel}-{sizes}{'-swap' if self.SWAP else ''}"
+
     @property
     def options(self) -> dict[str, int]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
