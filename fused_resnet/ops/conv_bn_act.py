@@ -46,7 +46,7 @@ def reference(x, weight, bias, gamma, beta, mean, var, residual, pre_gamma, pre_
     """The stock modules' own operators, one after the other."""
     if prologue:
         x = ACTIVATE[prologue](F.batch_norm(x, pre_mean, pre_var, pre_gamma, pre_beta, False, 0.0, pre_eps))
-    y = F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), stride, padding, dilation, groups)
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if mean is not None:
         y = F.batch_norm(y, mean, var, gamma, beta, False, 0.0, eps)
     if residual is not None:
@@ -95,6 +95,8 @@ def run(x, weight, bias, gamma, beta, mean, var, residual, pre_gamma, pre_beta, 
 
 
 def _reference_of(problem: ConvProblem, o: ConvOperands) -> torch.Tensor:
+    # under autocast the weights of the modules are wider than x
+    o = o._replace(weight=o.weight.to(o.x.dtype), bias=None if o.bias is None else o.bias.to(o.x.dtype))
     y = reference(*o[:12], o.eps, o.pre_eps, problem.activation, problem.prologue, problem.stride, problem.padding,
                   problem.dilation, problem.groups)
     return y.contiguous(memory_format=torch.channels_last)
@@ -167,7 +169,7 @@ def _launchable(x, weight, bias, gamma, beta, mean, var, residual, pre_gamma, pr
                 activation, prologue, stride, padding, dilation, groups):
     """The output's shape if every operand fits, else None: the stock operators then raise their own errors."""
     tensors = (x, weight, bias, gamma, beta, mean, var, residual, pre_gamma, pre_beta, pre_mean, pre_var)
-    if not all(t is None or isinstance(t, torch.Tensor) for t in tensors):
+    if x is None or weight is None or not all(t is None or isinstance(t, torch.Tensor) for t in tensors):
         return None
     if x.dim() != 4 or weight.dim() != 4 or x.dtype not in NAMES or x.dtype != weight.dtype:
         return None

@@ -72,7 +72,7 @@ def forward(problem: ConvProblem, o: ConvOperands) -> torch.Tensor:
 def _pack(problem: ConvProblem, o: ConvOperands) -> tuple | None:
     with torch.inference_mode(False), torch.no_grad():
         weight, bias = fold(o, o.x.dtype)
-        if needs_finite(problem) and not all(bool(torch.isfinite(t).all()) for t in (weight, bias) if t is not None):
+        if not all(bool(torch.isfinite(t).all()) for t in (weight, bias) if t is not None):
             return None
         blocked = torch.ops.mkldnn._reorder_convolution_weight(
             weight.contiguous(), problem.padding, problem.stride, problem.dilation, problem.groups,
