@@ -1,0 +1,222 @@
+"""The chooser: what it picks, what it says about the rest, and what it does with a kernel that lies."""
+
+import importlib
+import json
+import warnings
+
+import pytest
+import torch
+
+from fused_resnet import backends
+from fused_resnet.kernels.cpu import conv_bn_act as onednn
+from fused_resnet.ops import conv_bn_act as family
+from fused_resnet.testing import inputs
+from fused_resnet.testing.cases import conv
+
+FAMILY = family.FAMILY
+PROBLEM = conv(16, 16, 6, residual=True)
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """A process that knows nothing: `fresh(SELF_CHECK="always")` sets variables and forgets again."""
+
+    def start(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(f"FUSED_RESNET_{name}", value)
+        backends.reset()
+
+    start(CACHE_DIR=str(tmp_path), SELF_CHECK="first")
+    yield start
+    monkeypatch.undo()
+    backends.reset()
+
+
+def launch(problem=PROBLEM, seed=0):
+    return family.OP(*inputs.arguments(problem, inputs.make(problem, seed)))
+
+
+def rows(folder):
+    return json.loads((folder / "cache.json").read_text())["rows"]
+
+
+@pytest.fixture
+def wrong_kernel(monkeypatch):
+    """oneDNN forgets the residual; counts its launches."""
+    calls, forward = [], onednn.forward
+
+    def lie(problem, operands):
+        calls.append(problem)
+        return forward(problem._replace(residual=False), operands._replace(residual=None))
+
+    monkeypatch.setattr(onednn, "forward", lie)
+    return calls
+
+
+def test_available_gives_a_reason_for_each_absent_backend():
+    found = backends.available()
+    assert tuple(found) == backends.NAMES
+    assert found["reference"] is None
+    if not torch.cuda.is_available():
+        assert "CUDA" in found["cudnn"]
+
+
+def test_choice_on_the_cpu(fresh):
+    assert backends.choose(FAMILY, PROBLEM).name == "cpu"
+    assert backends.choose(FAMILY, PROBLEM._replace(dtype="fp64")).name == "reference"
+    assert backends.choose(FAMILY, PROBLEM._replace(activation="silu")).name == "reference"
+    assert backends.choose(FAMILY, PROBLEM._replace(device="meta")).name == "reference"
+
+
+def test_explain_names_every_backend_in_order(fresh):
+    rows = backends.explain(PROBLEM)
+    assert [name for name, _ in rows] == list(backends.NAMES)
+    assert dict(rows)["cpu"] is None and dict(rows)["reference"] is None
+    assert "fp64" in dict(backends.explain(PROBLEM._replace(dtype="fp64")))["cpu"]
+    assert "silu" in dict(backends.explain(PROBLEM._replace(activation="silu")))["cpu"]
+    assert "nothing" in dict(backends.explain(PROBLEM._replace(N=0)))["cpu"]
+
+
+CUDNN = [({"device": "cpu"}, "cpu"), ({"dtype": "fp64"}, "fp64"), ({"prologue": "relu"}, "prologue"),
+         ({"activation": "silu"}, "silu"), ({"groups": 4}, "grouped")]
+
+
+@pytest.mark.parametrize("change,word", CUDNN, ids=str)
+def test_cudnn_says_what_it_refuses(monkeypatch, change, word):
+    cudnn = importlib.import_module("fused_resnet.kernels.cudnn.conv_bn_act")
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    problem = PROBLEM._replace(device="cuda")
+    assert cudnn.refuse(problem) is None
+    assert word in cudnn.refuse(problem._replace(**change))
+
+
+@pytest.mark.parametrize("change,word", [
+    ({"device": "cuda"}, "cuda"), ({"dtype": "fp64"}, "fp64"), ({"activation": "relu6"}, "relu6"),
+    ({"prologue": "relu", "norm": False, "residual": False, "activation": "identity"}, "prologue")], ids=str)
+def test_onednn_says_what_it_refuses(change, word):
+    assert onednn.refuse(PROBLEM) is None
+    assert word in onednn.refuse(PROBLEM._replace(**change))
+
+
+def test_use_forces_and_lifts(fresh):
+    with backends.use("reference"):
+        assert backends.choose(FAMILY, PROBLEM).name == "reference"
+        with backends.use(None):
+            assert backends.choose(FAMILY, PROBLEM).name == "cpu"
+        launch()
+        assert backends.last() == "reference"
+    launch()
+    assert backends.last() == "cpu"
+
+
+def test_use_refuses_unknown_names_and_impossible_problems(fresh):
+    with pytest.raises(ValueError, match=r"unknown backend 'tpu'.*cudnn"), backends.use("tpu"):
+        pass
+    with backends.use("cpu"), pytest.raises(ValueError, match=r"'cpu' cannot run .*fp64.*: oneDNN has no fp64"):
+        launch(PROBLEM._replace(dtype="fp64"))
+    assert backends.choose(FAMILY, PROBLEM).name == "cpu"
+
+
+def test_environment_forces(fresh):
+    fresh(BACKEND="reference")
+    assert backends.choose(FAMILY, PROBLEM).name == "reference"
+    fresh(BACKEND="tpu")
+    with pytest.raises(ValueError, match="FUSED_RESNET_BACKEND='tpu'"):
+        launch()
+
+
+def test_tuned_rows_come_first(fresh):
+    key = f"tuned {FAMILY} {PROBLEM.id} {backends.device_name('cpu')}"
+    backends.cache().set(key, {"backend": "reference"})
+    assert backends.choose(FAMILY, PROBLEM).name == "reference"
+    for useless in ({"backend": "tpu"}, {"backend": "cudnn"}, "nonsense", None):
+        backends.cache().set(key, useless)
+        fresh()
+        assert backends.choose(FAMILY, PROBLEM).name == "cpu"
+
+
+def test_first_use_is_checked_once_and_remembered(fresh, tmp_path, monkeypatch):
+    checks, check = [], backends.numerics.check
+    monkeypatch.setattr(backends.numerics, "check", lambda *a, **k: checks.append(1) or check(*a, **k))
+    launch()
+    launch(seed=1)
+    launch(PROBLEM._replace(N=5))
+    assert len(checks) == 1  # the verdict is that of the layer, for any batch
+    assert [v for k, v in rows(tmp_path).items() if k.startswith("verdict")] == ["ok"]
+    fresh()
+    launch()
+    assert len(checks) == 1
+
+
+def test_a_wrong_kernel_is_disabled_with_one_warning(fresh, tmp_path, wrong_kernel):
+    operands = inputs.make(PROBLEM)
+    expected = inputs.stock(PROBLEM, operands)
+    with pytest.warns(UserWarning, match=rf"disables cpu for {PROBLEM.id.replace('+', '.')}.*self-check") as caught:
+        first = launch()
+    assert len([w for w in caught if w.category is UserWarning]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = launch()
+        more = launch(PROBLEM._replace(N=4))
+    assert torch.equal(first, expected) and torch.equal(again, expected)
+    assert torch.equal(more, inputs.stock(PROBLEM._replace(N=4), inputs.make(PROBLEM._replace(N=4))))
+    assert len(wrong_kernel) == 1
+    assert "self-check" in dict(backends.explain(PROBLEM))["cpu"]
+    assert ["self-check" in v for v in rows(tmp_path).values()] == [True]
+    fresh()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(launch(), expected)
+    assert len(wrong_kernel) == 1
+    assert backends.choose(FAMILY, PROBLEM._replace(K=32, residual=False)).name == "cpu"  # others keep it
+
+
+def test_always_checks_every_launch(fresh, monkeypatch):
+    fresh(SELF_CHECK="always")
+    launch()
+    forward = onednn.forward
+    monkeypatch.setattr(backends.choose(FAMILY, PROBLEM), "forward", lambda p, o: forward(p, o) + 1)
+    with pytest.warns(UserWarning, match="disables cpu"):
+        launch()
+
+
+def test_off_believes_everything(fresh, tmp_path, wrong_kernel):
+    fresh(SELF_CHECK="off")
+    problem = PROBLEM
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = launch()
+    assert not torch.equal(result, inputs.stock(problem, inputs.make(problem)))
+    assert wrong_kernel and not (tmp_path / "cache.json").exists()
+
+
+def test_operands_that_are_not_finite_prove_nothing(fresh, tmp_path):
+    problem = conv(16, 16, 6, activation="silu")
+    operands = inputs.make(problem)
+    operands.x[0, 0, 0, 0] = float("nan")
+    family.OP(*inputs.arguments(problem, operands))
+    assert not (tmp_path / "cache.json").exists()
+    assert dict(backends.explain(problem))["cpu"] is None
+
+
+def test_memory_running_short_leaves_the_check_for_later(fresh, tmp_path, monkeypatch):
+    def short(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backends.numerics, "check", short)
+        launch()
+    assert not (tmp_path / "cache.json").exists()
+    launch()
+    assert rows(tmp_path)
+
+
+def test_broken_cache_file_is_reported_once_and_left_alone(fresh, tmp_path):
+    (tmp_path / "cache.json").write_text("{ half a fi")
+    fresh()
+    with pytest.warns(UserWarning, match=r"cache in memory.*cache\.json"):
+        launch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        launch(PROBLEM._replace(C=32))
+    assert (tmp_path / "cache.json").read_text() == "{ half a fi"
