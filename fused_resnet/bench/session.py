@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -95,9 +96,10 @@ class Session:
 
     def run(self, todo: Sequence[Job]) -> Iterator[Group]:
         """Yields each job's group as soon as it is complete, so that the caller can write it down."""
+        weights = [2 + math.log2(job.batch) for job in todo]  # compiling costs the same at every batch, running more
         for index, job in enumerate(todo):
-            left = self.deadline - time.perf_counter()
-            yield self._run(job, max(0.0, left) / (len(todo) - index))
+            left = max(0.0, self.deadline - time.perf_counter())
+            yield self._run(job, left * weights[index] / sum(weights[index:]))
 
     @torch.no_grad()
     def _run(self, job: Job, share: float) -> Group:

@@ -118,7 +118,7 @@ def matmul_peak(dtype: torch.dtype, device: str = "cpu") -> float:
     """Measured GFLOP/s of a square matmul, the best of a few: the ceiling for `roofline_share`."""
     size = 8192 if device == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = min(_one_matmul(a, b, device) for _ in range(8))
+    best = min(_one_matmul(a, b, device) for _ in range(16))
     return 2 * size**3 / best / 1e6
 
 

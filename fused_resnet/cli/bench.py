@@ -27,7 +27,7 @@ def bench(
     weights: Annotated[Path | None, typer.Option(help="state dict for the model (one model only)")] = None,
     images: Annotated[Path | None, typer.Option(help="folder of pictures; default: scikit-image's")] = None,
     size: Annotated[int, typer.Option(help="edge of the input in pixels", min=8)] = pictures.SIZE,
-    budget: Annotated[float, typer.Option(help="seconds; the slow compilers are dropped first", min=0)] = 210,
+    budget: Annotated[float, typer.Option(help="seconds; the slow compilers are dropped first", min=0)] = 225,
     threads: Annotated[int | None, typer.Option(help="PyTorch's thread count")] = None,
     out: Annotated[Path | None, typer.Option(help="folder; default: benchmarks/results/<machine>")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no notes")] = False,

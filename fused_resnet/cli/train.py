@@ -49,7 +49,7 @@ def train(
     depth: Annotated[int, typer.Option(help="of the CIFAR-style ResNet: 6n + 2")] = 20,
     epochs: Annotated[int | None, typer.Option(help="default: as many as fit the budget, at most 12", min=1)] = None,
     budget: Annotated[float, typer.Option(help="seconds of training when --epochs is not given", min=1)] = 60,
-    batch: Annotated[int, typer.Option(help="images a step", min=2)] = 128,
+    batch: Annotated[int, typer.Option(help="images a step", min=2)] = 64,
     device: Annotated[str | None, typer.Option(help="cpu or cuda")] = None,
     seed: Annotated[int, typer.Option(help="of weights and order")] = 0,
     limit: Annotated[int | None, typer.Option(help="use the first so many training images only", min=2)] = None,

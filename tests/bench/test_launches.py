@@ -90,9 +90,11 @@ def test_categories(run, expected):
 
 
 @pytest.mark.parametrize(("name", "kind"), [
-    ("aten::conv2d", "conv"), ("mkldnn::_convolution_pointwise.binary", "conv"), ("aten::cudnn_convolution_add_relu", "conv"),
+    ("aten::conv2d", "conv"), ("mkldnn::_convolution_pointwise.binary", "conv"),
+    ("aten::cudnn_convolution_add_relu", "conv"),
     ("aten::cudnn_batch_norm", "norm"), ("aten::native_batch_norm", "norm"), ("aten::relu_", "activation"),
-    ("aten::add_", "add"), ("aten::addmm", "linear"), ("aten::max_pool2d_with_indices", "pool"), ("aten::copy_", "other"),
+    ("aten::add_", "add"), ("aten::addmm", "linear"), ("aten::max_pool2d_with_indices", "pool"),
+    ("aten::copy_", "other"),
     ("aten::empty_strided", None), ("cudaLaunchKernel", None), ("fused_resnet::conv_bn_act", "other")])
 def test_names(name, kind):
     assert launches.category(name) == kind

@@ -15,6 +15,19 @@ from fused_resnet.bench import results, timing
 from fused_resnet.cli import app
 
 MODEL = "cifar_resnet8"
+FACTORY = """
+from torch import nn
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(),
+                         nn.Conv2d(4, 4, 3, padding_mode="circular", padding=1))
+
+def bad():
+    raise KeyError("x")
+
+def number():
+    return 3
+"""
 SMALL = ["--size", "32", "--batch", "2"]
 
 
@@ -36,15 +49,13 @@ def no_pause(monkeypatch):
 @pytest.fixture
 def factory(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text("from torch import nn\n\n\ndef net():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), "
-                    "nn.ReLU(), nn.Conv2d(4, 4, 3, padding_mode='circular', padding=1))\n\n\ndef bad():\n    "
-                    "raise KeyError('x')\n\n\ndef number():\n    return 3\n")
+    path.write_text(FACTORY)
     return path
 
 
 def bench(run, out, *more):
-    return run("bench", "--model", MODEL, "--dtype", "fp32", "--provider", "eager,eager_channels_last,fused", "--budget", "0",
-               "--out", out, *SMALL, *more)
+    return run("bench", "--model", MODEL, "--dtype", "fp32", "--provider", "eager,eager_channels_last,fused",
+               "--budget", "0", "--out", out, *SMALL, *more)
 
 
 def test_bench_writes_the_schema_and_a_chart(run, tmp_path):
@@ -108,7 +119,7 @@ def test_bench_takes_the_users_weights_and_pictures(run, tmp_path):
     (["train", "--data", "cifar"], "--data takes mnist or digits, got 'cifar'"),
     (["frobnicate"], "frobnicate")])
 def test_a_mistake_is_one_sentence(run, tmp_path, arguments, message):
-    code, out, err = run(*arguments, *(["--out", tmp_path / "x"] if arguments[0] == "bench" else []))
+    code, _, err = run(*arguments, *(["--out", tmp_path / "x"] if arguments[0] == "bench" else []))
     assert code == 2 and message in err, err
     assert "Traceback" not in err and len(err.strip().splitlines()) <= 2
     assert not (tmp_path / "x" / "bench.json").exists()
@@ -200,7 +211,8 @@ def test_train_ends_with_equal_predictions(run, tmp_path, data):
 @pytest.mark.gate
 def test_training_on_digits_learns(run, tmp_path):
     pytest.importorskip("sklearn")
-    code, _, err = run("train", "--data", "digits", "--depth", "8", "--epochs", "6", "--out", tmp_path, "-q")
+    code, _, err = run("train", "--data", "digits", "--depth", "8", "--epochs", "6", "--batch", "32", "--out", tmp_path,
+                       "-q")
     assert code == 0, err
     found = json.loads((tmp_path / "train.json").read_text())
     assert found["accuracy"] > 0.9 and min(found["recall"]) > 0.6 and found["equal_top1"] == found["held_out"]
