@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 from fused_resnet import backends
 from fused_resnet.ops import conv_bn_act as family
@@ -26,7 +28,9 @@ CHANNELS_LAST = torch.channels_last
 
 
 class _State(threading.local):
-    inside = False  # within a region whose guards hold: finite, channels_last
+    inside = False  # within a region whose guards hold: channels_last
+    finite = False  # values of the region are known to hold neither NaN nor Inf
+    kernel = False  # the last launch ran on a kernel, which had looked at its weights
     stock = False  # planned forwards step aside
 
 
@@ -71,9 +75,9 @@ def settle(t: Any) -> Any:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward."""
+    """Whether calling the module does more than the forward of its class."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                or module._backward_pre_hooks)
+                or module._backward_pre_hooks or "forward" in module.__dict__)
 
 
 def ambient(tensors: Iterable[Any], parameters: Callable[[], Iterable[torch.Tensor]]) -> str | None:
@@ -93,13 +97,20 @@ def ambient(tensors: Iterable[Any], parameters: Callable[[], Iterable[torch.Tens
     if torch.is_grad_enabled() and (any(t.requires_grad for t in tensors)
                                     or any(p.requires_grad for p in parameters())):
         return GRAD
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a dispatch mode or a functorch transform is active"
+    if (torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
+            or forward_ad._current_level >= 0 or _watched_functions()):
+        return "a dispatch or function mode, a functorch transform or forward-mode AD is active"
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return "TorchScript or ONNX export traces the stock modules"
     if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
         return "global module hooks are registered"
     return None if backends.enabled() else "FUSED_RESNET_DISABLE is set"
+
+
+def _watched_functions() -> bool:
+    """Whether a mode sees torch's Python functions; the one that picks a default device may stay."""
+    depth = torch._C._len_torch_function_stack()
+    return depth > 0 and any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(depth))
 
 
 GRAD = "gradients are needed: the stock forward runs until training kernels exist"
@@ -111,18 +122,17 @@ def blocked(conv: nn.Module, norm: nn.Module | None, activation: nn.Module | Non
         return f"the convolution is a {type(conv).__name__}, not a plain Conv2d"
     if conv.padding_mode != "zeros":
         return f"padding_mode {conv.padding_mode!r}"
-    if isinstance(conv.padding, str):
-        return f"padding given as {conv.padding!r}"
-    if "weight" not in conv._parameters or conv._parameters["weight"] is None:
-        return "the weight is no parameter (pruned, reparametrised or lazy)"
+    for size in (conv.stride, conv.padding, conv.dilation):
+        if type(size) is not tuple or len(size) != 2:
+            return f"a stride, padding or dilation given as {size!r}"
+    if type(conv._parameters.get("weight")) not in TENSORS:
+        return "the weight is no plain parameter (pruned, reparametrised, lazy or a tensor subclass)"
     if hooked(conv):
         return "a hook is registered on the convolution"
     if norm is not None:
         reason = norm_blocked(norm)
         if reason is not None:
             return reason
-        if norm.running_mean.shape[0] != conv.out_channels:
-            return "the norm has another number of channels than the convolution"
     return activation_blocked(activation)
 
 
@@ -160,39 +170,51 @@ def launch(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None, activation:
         finite: x and residual are known to hold neither NaN nor Inf.
         reuse: the result may be written over the residual, which nobody reads again.
     """
+    state.kernel = False
     weight, bias = conv._parameters["weight"], conv._parameters["bias"]
-    gamma = beta = mean = var = p_gamma = p_beta = p_mean = p_var = None
-    eps = p_eps = 1e-5
-    name = ""
+    own = before = NO_VECTORS
     if norm is not None:
-        gamma, beta, mean, var, eps = vectors(norm)
+        own = vectors(norm)
+    name = ""
     if prologue is not None:
-        p_gamma, p_beta, p_mean, p_var, p_eps = vectors(prologue[0])
-        name = prologue[1]
+        before, name = vectors(prologue[0]), prologue[1]
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64:
-        if prologue is not None:
+        if prologue is not None or weight.dtype is torch.float64:
             return None  # stock normalises in the input's own precision
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
     elif weight.dtype is not dtype:
         return None
-    for module, statistics in ((norm, mean), (prologue and prologue[0], p_mean)):
-        # a frozen norm multiplies and adds: fp32 beside 16-bit data gives fp32
-        if module is not None and statistics.dtype is not dtype and (statistics.dtype is not torch.float32
-                                                                     or is_frozen(module)):
-            return None
-    if (x.dim() != 4 or x.shape[1] != weight.shape[1] * conv.groups or x.device != weight.device
-            or min(eps, p_eps) <= 0 or dtype not in family.NAMES):
+    stride, padding, dilation, groups = conv.stride, conv.padding, conv.dilation, conv.groups
+    k = weight.shape[0]
+    if (x.dim() != 4 or weight.dim() != 4 or x.shape[1] != weight.shape[1] * groups or k % groups
+            or x.device != weight.device or dtype not in family.NAMES or min(*stride, *dilation) < 1 or min(padding) < 0
+            or bias is not None and (bias.dtype is not weight.dtype or bias.shape != (k,) or bias.device != x.device)
+            or norm is not None and not _fits(own, k, x, is_frozen(norm))
+            or prologue is not None and not _fits(before, x.shape[1], x, is_frozen(prologue[0]))):
         return None
-    if residual is not None and (residual.dtype is not dtype or residual.shape[1] != weight.shape[0]):
+    shape = family.output_shape(x, weight, stride, padding, dilation)
+    if shape is None or residual is not None and (residual.dtype is not dtype or residual.shape != shape
+                                                  or residual.device != x.device):
         return None
-    args = (x, weight, bias, gamma, beta, mean, var, residual, p_gamma, p_beta, p_mean, p_var, eps, p_eps, activation,
-            name, conv.stride, conv.padding, conv.dilation, conv.groups)
-    shape = family.output_shape(x, weight, conv.stride, conv.padding, conv.dilation)
-    if shape is None or (residual is not None and residual.shape != shape):
-        return None
-    return family.run(*args, finite, reuse)
+    out = family.run(x, weight, bias, *own[:4], residual, *before[:4], own[4], before[4], activation, name, stride,
+                     padding, dilation, groups, finite and dtype is not torch.float16, reuse)
+    state.kernel = backends.last() != "reference"
+    return out
+
+
+NO_VECTORS = (None, None, None, None, 1e-5)
+
+
+def _fits(own: tuple, size: int, x: torch.Tensor, frozen: bool) -> bool:
+    """Whether stock takes these vectors beside x and gives x's dtype: one dtype, x's or fp32 beside 16-bit data."""
+    dtype = own[2].dtype
+    # a frozen norm multiplies and adds: fp32 beside 16-bit data gives fp32
+    if dtype is not x.dtype and (frozen or dtype is not torch.float32 or x.dtype is torch.float64):
+        return False
+    return own[4] > 0 and all(v is None or v.dtype is dtype and v.shape == (size,) and v.device == x.device
+                              for v in own[:4])
 
 
 def vectors(norm: nn.Module) -> tuple:
@@ -253,9 +275,11 @@ def run(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None = None, activat
         name = "identity" if activation is None else ACTIVATIONS[type(activation)]
         pre = None if prologue is None else (prologue[0], "identity" if prologue[1] is None
                                              else ACTIVATIONS[type(prologue[1])])
-        out = launch(x, conv, norm, name, residual, pre, state.inside)
+        out = launch(x, conv, norm, name, residual, pre, state.inside and state.finite)
         if out is not None:
+            state.finite = state.finite and (state.kernel or not out.is_cpu or backends.all_finite(out))
             return out if state.inside else settle(out)
+    state.finite = False
     return stock(x, conv, norm, activation, residual, prologue)
 
 
@@ -307,7 +331,7 @@ def planned(forward: Callable[[Any, torch.Tensor], torch.Tensor]) -> Callable[[A
         if below.foreign():
             return forward(self, x)
         keep = suggests_channels_last(x) or below.channels_last()
-        state.inside = True
+        state.inside = state.finite = True
         try:
             out = forward(self, x.contiguous(memory_format=CHANNELS_LAST))
         finally:
