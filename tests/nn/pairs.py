@@ -41,14 +41,14 @@ def averaged(planes):
 
 
 def _both(ours_class, stock_class, *args, **kwargs):
-    return lambda: tuple(c(*(a() if callable(a) else a for a in args), **kwargs) for c in (ours_class, stock_class))
+    return lambda which: (ours_class, stock_class)[which](*(a() if callable(a) else a for a in args), **kwargs)
 
 
 def _conv(*args, **kwargs):
     return _both(ours.ConvBNAct2d, Conv2dNormActivation, *args, **kwargs)
 
 
-# name -> (ours, stock) for inputs of 16 channels, and the launches of one fused forward
+# name -> (makes ours for 0, stock for 1; both take 16 channels), and the launches of one fused forward
 BLOCKS = {
     "basic": (_both(ours.BasicBlock, tv.BasicBlock, 16, 16), 2),
     "basic_projected": (_both(ours.BasicBlock, tv.BasicBlock, 16, 32, 2, lambda: projection(32)), 3),
@@ -87,7 +87,7 @@ PARTLY = {
 
 def pair(name):
     """(ours, stock) in eval mode with equal, random weights."""
-    mine, stock = {**BLOCKS, **PARTLY}[name][0]()
+    mine, stock = map({**BLOCKS, **PARTLY}[name][0], (0, 1))
     randomize(stock)
     mine.load_state_dict(stock.state_dict(), strict=True)
     return mine.eval(), stock.eval()
