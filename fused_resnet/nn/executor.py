@@ -49,13 +49,16 @@ def is_frozen(module: nn.Module) -> bool:
 
 def suggests_channels_last(t: torch.Tensor) -> bool:
     """ATen's suggest_memory_format: whether operators on `t` answer in channels_last."""
-    if t.dim() != 4 or t.stride(1) == 0:
+    if t.dim() != 4:
+        return False
+    shape, stride = t.shape, t.stride()
+    if stride[1] == 0:
         return False
     smallest = 0
     for d in (1, 3, 2, 0):
-        if t.size(d) == 0 or t.stride(d) < smallest or (d == 0 and smallest == t.stride(1)):
+        if shape[d] == 0 or stride[d] < smallest or (d == 0 and smallest == stride[1]):
             return False
-        smallest = t.stride(d) * max(t.size(d), 1)
+        smallest = stride[d] * shape[d]
     return True
 
 
@@ -293,7 +296,7 @@ class _Survey:
                                                   m._backward_pre_hooks)]
         self._known = all(type(m).__module__.startswith(("torch.nn.modules.", "fused_resnet.")) or is_frozen(m)
                           for m in below)
-        self._convs = [m for m in below if type(m) is nn.Conv2d]
+        self._convs = [m._parameters for m in below if type(m) is nn.Conv2d]
 
     def current(self) -> bool:
         return all(now == then for now, then in self._children)
@@ -303,7 +306,7 @@ class _Survey:
         return not self._known or any(self._hooks)
 
     def channels_last(self) -> bool:
-        return any(suggests_channels_last(m.weight) for m in self._convs)
+        return any(suggests_channels_last(p["weight"]) for p in self._convs)  # type: ignore[arg-type]
 
 
 _surveys: weakref.WeakKeyDictionary[nn.Module, _Survey] = weakref.WeakKeyDictionary()
