@@ -69,10 +69,16 @@ def _eager_channels_last(model: nn.Module, sample: torch.Tensor) -> Call:
     return _copy_channels_last(model)
 
 
-def _compiled(**options: Any) -> Callable[[nn.Module, torch.Tensor], Call]:
+def _compiled(freezing: bool = False, **options: Any) -> Callable[[nn.Module, torch.Tensor], Call]:
+    """torch.compile. Freezing must be on in inductor's config while it compiles: as an option of torch.compile it
+    is taken without a complaint and changes nothing (torch 2.13: 13.9 ms against 9.8 ms for a ResNet-18)."""
+
     def build(model: nn.Module, sample: torch.Tensor) -> Call:
+        from torch._inductor import config
+
         call = torch.compile(_copy_channels_last(model), **options)
-        call(channels_last(sample))  # compiles
+        with config.patch(freezing=freezing):
+            call(channels_last(sample))
         return call
 
     return build
@@ -138,7 +144,7 @@ PROVIDERS = {p.name: p for p in (
     Provider("eager", _eager),
     Provider("eager_channels_last", _eager_channels_last, prepare=channels_last),
     Provider("fused", _fused(None), prepare=channels_last),
-    Provider("inductor_freezing", _compiled(options={"freezing": True}), _needs_compiler, channels_last, 11.0, False),
+    Provider("inductor_freezing", _compiled(freezing=True), _needs_compiler, channels_last, 11.0, False),
     Provider("openvino", peers.build_openvino, peers.openvino_reason, peers.to_numpy, 3.0, False),
     Provider("onnxruntime", peers.build_onnxruntime, peers.onnxruntime_reason, peers.to_numpy, 2.0, False),
     Provider("tensorrt", peers.build_tensorrt, peers.tensorrt_reason, channels_last, 60.0),

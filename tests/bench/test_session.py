@@ -8,7 +8,7 @@ from torch import nn
 
 from fused_resnet import models
 from fused_resnet import nn as ours
-from fused_resnet.bench import providers, session, stock, timing
+from fused_resnet.bench import launches, providers, session, stock, timing
 from fused_resnet.bench.providers import PROVIDERS, Provider
 from fused_resnet.bench.session import Job
 
@@ -122,3 +122,23 @@ def test_plain_refuses_a_block_that_it_does_not_know():
     assert type(stock.plain(nn.ReLU())) is nn.ReLU
     with pytest.raises(ValueError, match="no plain twin for 0, a PreActBlock"):
         stock.plain(nn.Sequential(ours.PreActBlock(4, 4)))
+
+
+@torch.no_grad()
+def test_freezing_is_in_effect(tiny, images):
+    """Frozen weights are constants: the norms are folded, so nothing but convolutions is left to launch."""
+    if PROVIDERS["compile"].reason("cpu", "fp32"):
+        pytest.skip(PROVIDERS["compile"].reason("cpu", "fp32"))
+    providers.forget_compiled()
+    model, sample = stock.plain(tiny), images[:2]
+    frozen = PROVIDERS["inductor_freezing"].build(model, sample)
+    found = launches.count(lambda: frozen(providers.channels_last(sample)))
+    assert found["conv"] == 9 and not any(found[kind] for kind in launches.EPILOGUES)
+    names = {event.key for event in profiled(lambda: frozen(providers.channels_last(sample)))}
+    assert "mkldnn::_convolution_pointwise" in names
+
+
+def profiled(call):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        call()
+    return recorded.key_averages()
