@@ -11,8 +11,9 @@ from torch import fx, nn
 
 from fused_resnet import backends
 from fused_resnet.fusing import match
-from fused_resnet.fusing.capture import Refused, capture, shadow
-from fused_resnet.fusing.plan import Plan, build
+from fused_resnet.fusing.build import build
+from fused_resnet.fusing.capture import REPLACED, Refused, capture, shadow
+from fused_resnet.fusing.plan import Plan, detach
 
 NOTES = "_fused_resnet_notes"
 NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -57,6 +58,8 @@ def fuse(model: nn.Module, *, inplace: bool = False, filter: Callable[[str, nn.M
     notes = Notes()
     _attach(fused, filter, memory_format is torch.channels_last, notes)
     fused.__dict__[NOTES] = notes
+    for plan in plans(fused).values():
+        plan.arm()
     if strict:
         from fused_resnet.fusing.report import report
 
@@ -69,8 +72,7 @@ def fuse(model: nn.Module, *, inplace: bool = False, filter: Callable[[str, nn.M
 def unfuse(model: nn.Module) -> nn.Module:
     """Takes every plan off `model` (in place) and returns it: the stock model with the same parameters."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), Plan):
-            del module.__dict__["forward"]
+        detach(module)
     model.__dict__.pop(NOTES, None)
     return model
 
@@ -101,10 +103,12 @@ def _attach(model: nn.Module, allowed: Callable[[str, nn.Module], bool] | None, 
         opaque = {name for name, module in model.named_modules() if not allowed(name, module)}
         notes.modules.update((name, "left out by the filter") for name in opaque)
     modules = dict(model.named_modules())
+    replaced = {name for name, module in modules.items() if "forward" in module.__dict__}
+    notes.modules.update((name, REPLACED) for name in replaced)
+    left_out = tuple(f"{name}." for name in opaque)
+    opaque |= replaced
     for name, module in reversed(modules.items()):  # children before parents
-        if name in opaque or isinstance(module, NEVER_CALLED) or _plain(module):
-            continue
-        if any(name.startswith(f"{parent}.") for parent in opaque if notes.modules.get(parent) == "left out by the filter"):
+        if name in opaque or name.startswith(left_out) or isinstance(module, NEVER_CALLED) or _plain(module):
             continue
         prefix = f"{name}." if name else ""
         inside = {other[len(prefix):] for other in opaque if other.startswith(prefix)}
@@ -116,7 +120,7 @@ def _attach(model: nn.Module, allowed: Callable[[str, nn.Module], bool] | None, 
             continue
         notes.convs.update((f"{prefix}{conv}", reason) for conv, reason in reasons.items())
         if plan is not None:
-            module.__dict__["forward"] = plan
+            plan.attach()
 
 
 def _plain(module: nn.Module) -> bool:
@@ -125,14 +129,17 @@ def _plain(module: nn.Module) -> bool:
 
 
 def _plan(module: nn.Module, twin: nn.Module, opaque: set[str], keep: bool, prefix: str) -> tuple[Plan | None, dict]:
-    graph, inlined = capture(twin, opaque)
+    captured = capture(twin, opaque)
+    graph = captured.graph
 
     def lookup(node: fx.Node) -> nn.Module | None:
         return twin.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     match.drop_identities(graph, lookup)
-    match.check_inplace(graph, lookup)
+    foreign = {name for name in opaque if not _plain(twin.get_submodule(name))
+               or "forward" in twin.get_submodule(name).__dict__}
+    match.check_inplace(graph, lookup, foreign)
     found, reasons = match.find(graph, lookup)
     why = {str(conv.target): reason for conv, reason in reasons.items()}
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    return (build(module, graph, found, inlined, keep, prefix) if found and inputs else None), why
+    return (build(module, captured, found, foreign, keep, prefix) if found and inputs else None), why

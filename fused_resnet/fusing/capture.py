@@ -15,12 +15,15 @@ import inspect
 import operator
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fused_resnet.fusing.guards import HOOKS
 from fused_resnet.nn import executor
 
 
@@ -28,20 +31,35 @@ class Refused(Exception):
     """This forward cannot be captured; the message says why."""
 
 
+REPLACED = "forward was replaced on the instance"
+
 _EFFECTS = {
     "STORE_ATTR": "sets an attribute", "DELETE_ATTR": "deletes an attribute", "STORE_SUBSCR": "writes into a container",
     "DELETE_SUBSCR": "deletes from a container", "STORE_GLOBAL": "sets a global", "STORE_SLICE": "writes into a slice",
     "BEFORE_WITH": "uses a context manager", "SETUP_WITH": "uses a context manager",
     "SETUP_FINALLY": "handles exceptions", "PUSH_EXC_INFO": "handles exceptions", "YIELD_VALUE": "is a generator"}
 _TESTS = {"isinstance", "issubclass", "type"}
-_CALLS = {"print", "setattr", "delattr", "exec", "eval", "open", "input"}
+_CALLS = {"print", "setattr", "delattr", "exec", "eval", "open", "input", "next", "pop", "popitem", "setdefault",
+          "update"}
+_CHANCE = {"random", "rand", "randn", "randint", "time", "perf_counter"}
+INPLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
+                     operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift,
+                     operator.irshift}
+_DECORATED = {"decorate_context", "decorate_autocast"}  # how torch names what its context managers make of functions
+
+
+@dataclass
+class Captured:
+    """The forward of one module as a graph, and what it was read from."""
+
+    graph: fx.Graph
+    inlined: list[str]  # submodules whose forwards are in the graph
+    called: list[str]  # submodules that the graph calls
+    names: set[str]  # every name that the forwards mention
 
 
 class _Proxy(fx.Proxy):
     """A tracing tensor that keeps `+=` apart from `+` and refuses to be asked for its type."""
-
-    def __iadd__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
     @property
     def __class__(self) -> type:  # type: ignore[override]
@@ -51,7 +69,24 @@ class _Proxy(fx.Proxy):
         raise Refused("forward tests the type of a tensor")
 
 
+def _inplace(operation: Callable) -> Callable:
+    return lambda self, other: self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+
+for _operation in INPLACE_OPERATORS:
+    setattr(_Proxy, f"__{_operation.__name__}__", _inplace(_operation))
+
+
+class _NoTensors(TorchDispatchMode):
+    """While tracing nothing may compute: its result would be a constant of the graph."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise Refused(f"forward computes with tensors of its own ({func})")
+
+
 class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
     def __init__(self, opaque: set[str]):
         super().__init__()
         self.opaque = opaque
@@ -83,25 +118,21 @@ class _Tracer(fx.Tracer):
 
 
 def shadow(model: nn.Module) -> nn.Module:
-    """A copy to trace: same structure in eval mode, parameters and buffers shared, hooks and plans left out."""
+    """A copy to trace: same structure in eval mode, parameters and buffers shared, hooks left out."""
     memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():
-        module.__dict__.pop("forward", None)
-        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        for hooks in HOOKS:
             getattr(module, hooks).clear()
     return twin.eval()
 
 
-def capture(module: nn.Module, opaque: set[str]) -> tuple[fx.Graph, list[str]]:
+def capture(module: nn.Module, opaque: set[str]) -> Captured:
     """Traces `module`, a part of a `shadow`.
 
     Args:
         module: what to trace.
         opaque: names of submodules, relative to `module`, that are to stay calls.
-
-    Returns:
-        The graph and the names of the submodules whose forwards were inlined into it.
 
     Raises:
         Refused: with the reason.
@@ -109,7 +140,7 @@ def capture(module: nn.Module, opaque: set[str]) -> tuple[fx.Graph, list[str]]:
     examine(module)
     tracer = _Tracer(opaque)
     try:
-        with _watching():
+        with torch.no_grad(), _NoTensors(), _watching() as names:
             graph = tracer.trace(module)
     except Refused:
         raise
@@ -119,7 +150,10 @@ def capture(module: nn.Module, opaque: set[str]) -> tuple[fx.Graph, list[str]]:
     for node in graph.nodes:
         if node.op == "get_attr" and not isinstance(_attribute(module, node.target), torch.Tensor):
             raise Refused(f"forward reads {node.target}, which is no tensor")
-    return graph, tracer.inlined
+        if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
+            raise Refused("forward uses a tensor that is neither parameter nor buffer")
+    called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    return Captured(graph, ["", *tracer.inlined], called, names)
 
 
 def _attribute(module: nn.Module, path: str) -> Any:
@@ -136,7 +170,9 @@ def examine(module: nn.Module) -> None:
         Refused: it does something that a graph would forget.
     """
     if "forward" in module.__dict__:
-        raise Refused("forward was replaced on the instance")
+        raise Refused(REPLACED)
+    if any(isinstance(value, torch.Tensor) for value in module.__dict__.values()):
+        raise Refused("keeps a tensor that is neither parameter nor buffer")
     forward = inspect.unwrap(type(module).forward)
     if not _ours(type(module).__module__) and isinstance(forward, types.FunctionType):
         _scan(forward.__code__)
@@ -149,35 +185,53 @@ def _ours(module: str) -> bool:
 
 
 @contextlib.contextmanager
-def _watching() -> Iterator[None]:
+def _watching() -> Iterator[set[str]]:
     """Examines every foreign function that runs inside: helpers, methods, decorators.
+
+    Yields:
+        What is filled at the end: every name that those functions mention.
 
     Raises:
         Refused: at the end, if one of them does something that a graph would forget.
     """
     seen: dict[types.CodeType, str] = {}
+    decorated: list[str] = []
+    names: set[str] = set()
 
     def watch(frame: types.FrameType, event: str, _: Any) -> None:
         if event == "call" and frame.f_code not in seen:
             seen[frame.f_code] = frame.f_globals.get("__name__") or "torch"
+        if event == "call" and frame.f_code.co_name in _DECORATED:
+            decorated.append(getattr(frame.f_locals.get("func"), "__module__", None) or "torch")
 
-    before = sys.getprofile()
-    sys.setprofile(watch)
+    # A running profiler (cProfile) cannot be put back from Python: leave it be and listen as a debugger does.
+    listen = sys.setprofile if sys.getprofile() is None else sys.settrace
+    before = None if listen is sys.setprofile else sys.gettrace()
+    listen(watch)
     try:
-        yield
+        yield names
     finally:
-        sys.setprofile(before)
+        listen(before)
+    if not all(map(_ours, decorated)):
+        raise Refused("forward uses a context manager")
     for code, module in seen.items():
         if not _ours(module):
-            _scan(code)
+            names |= _scan(code)
 
 
-def _scan(code: types.CodeType) -> None:
+def _scan(code: types.CodeType) -> set[str]:
+    """Every name that `code` mentions.
+
+    Raises:
+        Refused: it does something that a graph would forget.
+    """
     names = set(code.co_names)
     if names & _TESTS:
         raise Refused(f"{code.co_name} tests types")
     if names & _CALLS:
         raise Refused(f"{code.co_name} calls {', '.join(sorted(names & _CALLS))}")
+    if names & _CHANCE:
+        raise Refused(f"{code.co_name} depends on chance or time: {', '.join(sorted(names & _CHANCE))}")
     before = ""
     for step in dis.get_instructions(code):
         reason = _EFFECTS.get(step.opname)
@@ -190,4 +244,7 @@ def _scan(code: types.CodeType) -> None:
         before = step.opname
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            _scan(constant)
+            names |= _scan(constant)
+        elif isinstance(constant, str):
+            names.add(constant)  # getattr(self, "name")
+    return names

@@ -8,6 +8,7 @@ it. What is left alone gets a reason.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,15 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fused_resnet.fusing.capture import Refused
+from fused_resnet.fusing.capture import INPLACE_OPERATORS, Refused
 from fused_resnet.nn import executor
 
 ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 FUNCTIONS = {F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "relu", "relu": "relu", "relu_": "relu",
              F.relu6: "relu6", F.silu: "silu", F.hardswish: "hardswish"}
-INPLACE = {operator.iadd, torch.relu_, F.relu_}
-# Values of these modules are new tensors; the others may hand their input on.
-ALIASING = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.Flatten, nn.Unflatten)
+# Values of these modules are new tensors; others may hand their input on.
+FRESH = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d, nn.LayerNorm, nn.Linear,
+         nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh,
+         nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 FRESH_FUNCTIONS = {operator.add, operator.mul, torch.add, torch.mul, torch.cat, F.relu, torch.relu, F.relu6, F.silu,
                    F.hardswish, F.conv2d, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, torch.sigmoid}
 
@@ -62,11 +64,11 @@ Lookup = Callable[[fx.Node], nn.Module | None]
 
 def activation_of(node: fx.Node, module: nn.Module | None) -> str | None:
     """The activation that this node applies to its only input, or None."""
+    if len(node.args) != 1 or not isinstance(node.args[0], fx.Node) or not set(node.kwargs) <= {"inplace"}:
+        return None
     if node.op == "call_module":
         return executor.ACTIVATIONS.get(type(module)) if type(module) is not nn.Identity else None
-    if node.op in ("call_function", "call_method") and len(node.args) == 1:
-        return FUNCTIONS.get(node.target) if set(node.kwargs) <= {"inplace"} else None
-    return None
+    return FUNCTIONS.get(node.target) if node.op in ("call_function", "call_method") else None
 
 
 def drop_identities(graph: fx.Graph, lookup: Lookup) -> None:
@@ -77,17 +79,25 @@ def drop_identities(graph: fx.Graph, lookup: Lookup) -> None:
             graph.erase_node(node)
 
 
-def check_inplace(graph: fx.Graph, lookup: Lookup) -> None:
+def check_inplace(graph: fx.Graph, lookup: Lookup, opaque: set[str]) -> None:
     """Every in-place operation must work on a value that nobody else can see.
+
+    So must every module in `opaque`: what a forward that is not understood does to its inputs is not known.
 
     Raises:
         Refused: one does not.
     """
     for node in graph.nodes:
-        if not _inplace(node, lookup(node)):
+        foreign = node.op == "call_module" and node.target in opaque
+        if not foreign and not _inplace(node, lookup(node)):
             continue
-        target = node.args[0]
-        if not isinstance(target, fx.Node) or len(target.users) > 1 or not _fresh(target, lookup):
+        if "out" in node.kwargs:
+            raise Refused("forward writes into a tensor given as out=")
+        for target in node.all_input_nodes if foreign else node.args[:1]:
+            if isinstance(target, fx.Node) and len(target.users) == 1 and _fresh(target, lookup):
+                continue
+            if foreign:
+                raise Refused(f"forward shares a tensor with {node.target}, which is not understood")
             raise Refused("forward works in place on a tensor that is visible elsewhere")
 
 
@@ -95,8 +105,17 @@ def _inplace(node: fx.Node, module: nn.Module | None) -> bool:
     if node.op == "call_module":
         return bool(getattr(module, "inplace", False))
     if node.op == "call_function":
-        return node.target in INPLACE or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+        return (node.target in INPLACE_OPERATORS or getattr(node.target, "__name__", "").endswith("_")
+                or "out" in node.kwargs or bool(_argument(node, "inplace")))
     return node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__")
+
+
+def _argument(node: fx.Node, name: str) -> object:
+    """The argument of a call that goes by `name`, however it was given; None where there is none."""
+    try:
+        return inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.get(name)  # type: ignore
+    except (TypeError, ValueError):  # a builtin without a signature
+        return node.kwargs.get(name)
 
 
 def _fresh(node: fx.Node, lookup: Lookup) -> bool:
@@ -105,8 +124,7 @@ def _fresh(node: fx.Node, lookup: Lookup) -> bool:
     if _inplace(node, module):
         return True  # itself checked: it owns what it changed
     if node.op == "call_module":
-        return type(module).__module__.startswith("torch.nn") and not isinstance(module, ALIASING) or executor.is_norm(
-            module)  # type: ignore[arg-type]
+        return type(module) in FRESH or executor.is_norm(module)  # type: ignore[arg-type]
     if node.op == "call_function":
         return node.target in FRESH_FUNCTIONS
     return node.op == "call_method" and node.target in ("add", "mul", "relu", "clone", "sigmoid", "mean", "sum")
@@ -121,7 +139,7 @@ def find(graph: fx.Graph, lookup: Lookup) -> tuple[list[Match], dict[fx.Node, st
     for conv in convs:
         module = lookup(conv)
         reason = executor.blocked(module, None, None)  # type: ignore[arg-type]
-        if reason is None and (len(conv.args) != 1 or conv.kwargs):
+        if reason is None and not _unary(conv):
             reason = "the convolution is called with more than its input"
         if reason is not None:
             reasons[conv] = reason
@@ -136,6 +154,10 @@ def find(graph: fx.Graph, lookup: Lookup) -> tuple[list[Match], dict[fx.Node, st
     return sorted(matches, key=lambda m: order[m.last]), reasons
 
 
+def _unary(node: fx.Node) -> bool:
+    return len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
+
+
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
@@ -145,7 +167,7 @@ def _grow(conv: fx.Node, lookup: Lookup, order: dict[fx.Node, int], taken: set[f
     tail = conv
     user = _only_user(tail)
     norm = lookup(user) if user is not None else None
-    if user is not None and norm is not None and executor.is_norm(norm) and user not in taken:
+    if user is not None and norm is not None and executor.is_norm(norm) and _unary(user) and user not in taken:
         match.norm = tail = user
         user = _only_user(tail)
     if user is not None and user not in taken and _plain_add(user, tail):
@@ -156,7 +178,7 @@ def _grow(conv: fx.Node, lookup: Lookup, order: dict[fx.Node, int], taken: set[f
         if a is tail or not _growing(other, lookup, taken):
             match.add, match.residual, tail = user, other, user  # type: ignore[assignment]
             user = _only_user(tail)
-    if user is not None and user not in taken and activation_of(user, lookup(user)) and user.args[0] is tail:
+    if user is not None and user not in taken and activation_of(user, lookup(user)):
         match.activation = user
     return match
 
@@ -173,8 +195,8 @@ def _growing(node: object, lookup: Lookup, taken: set[fx.Node]) -> bool:
     if not isinstance(node, fx.Node) or node in taken or len(node.users) != 1 or node.op != "call_module":
         return False
     module = lookup(node)
-    if module is not None and executor.is_norm(module) and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    if module is not None and executor.is_norm(module) and _unary(node):
+        node = node.args[0]  # type: ignore[assignment]
         module = lookup(node) if len(node.users) == 1 else None
     return type(module) is nn.Conv2d
 
@@ -184,13 +206,13 @@ def _prepend(match: Match, lookup: Lookup, taken: set[fx.Node]) -> None:
     node, activation = match.x, None
     if not isinstance(node, fx.Node) or node in taken or len(node.users) != 1:
         return
-    if activation_of(node, lookup(node)) is not None and isinstance(node.args[0], fx.Node):
-        activation, node = node, node.args[0]
+    if activation_of(node, lookup(node)) is not None:
+        activation, node = node, node.args[0]  # type: ignore[assignment]
     module = lookup(node)
-    if node in taken or len(node.users) != 1 or module is None or not executor.is_norm(module):
+    if node in taken or len(node.users) != 1 or module is None or not executor.is_norm(module) or not _unary(node):
         return
-    source = node.args[0]
-    if not isinstance(source, fx.Node) or (type(lookup(source)) is nn.Conv2d and len(source.users) == 1):
+    source: fx.Node = node.args[0]  # type: ignore[assignment]
+    if type(lookup(source)) is nn.Conv2d and len(source.users) == 1:
         return
     match.prologue = [node] if activation is None else [node, activation]
     match.x = source

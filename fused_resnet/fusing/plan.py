@@ -8,110 +8,52 @@ the stock forward and compares values and strides: a plan that disagrees is drop
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-import operator
+import threading
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 
 from fused_resnet import backends, numerics
-from fused_resnet.fusing.match import ADDS, FUNCTIONS, Match, activation_of
+from fused_resnet.fusing.guards import Guards
+from fused_resnet.fusing.steps import Launch, Slot, fill_slots
 from fused_resnet.nn import executor
 
-# Between planned modules values are channels_last. These steps do not care; any other gets the strides of stock.
-LAYOUT_FREE = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid, nn.Linear,
-               nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
-LAYOUT_FREE_FUNCTIONS = {*(f for f in FUNCTIONS if callable(f)), *(f for f in ADDS if callable(f)), operator.mul, torch.mul,
-                         torch.cat, torch.flatten, torch.sigmoid, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d,
-                         F.hardsigmoid}
 # How far a plan may be from stock before it is taken for wrong: rounding of a deep network stays far
 # below, a dropped or misplaced operation lands near 1.
 PLAN_TOLERANCE = {"fp64": 1e-6, "fp32": 1e-2, "bf16": 0.2, "fp16": 0.2}
 
 
-class Slot(NamedTuple):
-    """A numbered value of the plan, where an argument stands."""
-
-    index: int
-
-
-class Call:
-    """One node that runs as it stands."""
-
-    def __init__(self, kind: str, target: Any, args: tuple, kwargs: dict, out: int, layout_free: bool):
-        self.kind, self.target, self.args, self.kwargs, self.out = kind, target, args, kwargs, out
-        self.layout_free = layout_free
-        self.frees: tuple[int, ...] = ()
-
-    def run(self, values: list, tidy: bool, finite: bool = True) -> Any:
-        def fill(a: Any) -> Any:
-            value = values[a.index]
-            return value if self.layout_free or not tidy else executor.restore(value)
-
-        args, kwargs = _map((self.args, self.kwargs), fill)
-        if self.kind == "call_method":
-            return getattr(args[0], self.target)(*args[1:], **kwargs)
-        return self.target(*args, **kwargs)
-
-
-class Attribute:
-    """A parameter or buffer that forward reads by itself."""
-
-    def __init__(self, owner: nn.Module, name: str, out: int):
-        self.owner, self.name, self.out = owner, name, out
-        self.frees: tuple[int, ...] = ()
-
-    def run(self, values: list, tidy: bool, finite: bool) -> Any:
-        return getattr(self.owner, self.name)
-
-
-class Launch:
-    """One match: a fused launch, or its nodes one by one where the operands do not fit."""
-
-    def __init__(self, name: str, pattern: str, conv: nn.Module, norm: nn.Module | None, activation: str,
-                 prologue: tuple[nn.Module, str] | None, x: int, residual: int | None, reuse: bool, stock: list[Call],
-                 out: int):
-        self.name, self.pattern, self.out = name, pattern, out
-        self.conv, self.norm, self.activation, self.prologue = conv, norm, activation, prologue
-        self.x, self.residual, self.reuse, self.stock = x, residual, reuse, stock
-        self.frees: tuple[int, ...] = ()
-        self.backend = ""
-
-    def blocked(self) -> str | None:
-        reason = executor.blocked(self.conv, self.norm, None)
-        return reason if reason or self.prologue is None else executor.norm_blocked(self.prologue[0])
-
-    def run(self, values: list, tidy: bool, finite: bool) -> Any:
-        residual = None if self.residual is None else values[self.residual]
-        out = executor.launch(values[self.x], self.conv, self.norm, self.activation, residual, self.prologue,
-                              finite, self.reuse)
-        if out is None:
-            self.backend = "stock"
-            for call in self.stock:
-                out = values[call.out] = call.run(values, False)
-        return out
-
-
 class Plan:
     """Callable in the place of `module.forward`."""
 
-    def __init__(self, module: nn.Module, inputs: list[str], steps: list, size: int, output: Any,
-                 watched: list[nn.Module], keep: bool):
-        self.module, self.inputs, self.steps, self.size, self.output = module, inputs, steps, size, output
-        self.watched = watched  # every module whose hooks, mode and place matter
+    def __init__(self, module: nn.Module, arity: int, steps: list, size: int, output: Any, keep: bool,
+                 inlined: list[nn.Module], called: list[nn.Module], names: set[str]):
+        self.module, self.arity, self.steps, self.size, self.output = module, arity, steps, size, output
         self.keep = keep  # leave results in channels_last
+        self.inlined, self.called, self.names = inlined, called, names
         self.launches = [s for s in steps if isinstance(s, Launch)]
+        self.opaque = [s.target for s in steps if s.opaque]
+        self.convs = [m for m in called if isinstance(m, nn.Conv2d)]
         self.checked: set[tuple] = set()
         self.broken: str | None = None
         self.fallbacks: dict[str, int] = {}
-        self._guards: tuple | None = None
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_guards": None}
+    def attach(self) -> None:
+        """Puts the plan in the place of its module's forward."""
+        self.module.__dict__.update(forward=self, _replicate_for_data_parallel=self.replicate)
+
+    def arm(self) -> None:
+        """Takes the guards, once every plan of the model is attached."""
+        self.guards = Guards(self.module, self.inlined, self.called, self.names)
+
+    def replicate(self) -> nn.Module:
+        """A replica for DataParallel: stock, because the plan's modules hold the original's tensors."""
+        return detach(type(self.module)._replicate_for_data_parallel(self.module))
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -129,8 +71,9 @@ class Plan:
         if reason is not None:
             self._note(reason)
             return forward(self.module, *args, **kwargs)
-        convert = self._converts(args)
-        key = (args[0].device.type, args[0].dtype, convert, torch.is_autocast_enabled(args[0].device.type))
+        convert, kind = self._converts(args), args[0].device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        key = (kind, args[0].dtype, convert, autocast)
         if key not in self.checked:
             return self._check(key, args, convert)
         return self._run(args, convert)
@@ -139,85 +82,113 @@ class Plan:
         """Why the plan cannot answer this call, or None: the guards."""
         if self.broken is not None:
             return self.broken
-        if kwargs or len(args) != len(self.inputs):
+        if kwargs or len(args) != self.arity:
             return "called with other arguments than the plan was made for"
-        reason = executor.ambient(args, self.module.parameters)
+        reason = executor.ambient(args, self.module.parameters) or self.guards.changed()
         if reason is not None:
             return reason
-        if self._guards is None:
-            self._guards = self._make_guards()
-        places, hooks = self._guards
-        if any(hooks):
-            return "a hook is registered inside"
-        for children, name, child in places:
-            if children.get(name) is not child:
-                return f"the submodule {name!r} was replaced after fuse()"
-        for module in self.watched:
-            if module.training:
-                return executor.TRAINING
         for launch in self.launches:
             reason = launch.blocked()
             if reason is not None:
                 return f"{launch.name}: {reason}"
         for x in args:
-            if not x.is_floating_point() or x.numel() and x.is_cpu and not backends.all_finite(x):
+            if not x.is_floating_point() or x.is_cpu and not backends.all_finite(x):
                 return "the input is not finite floating point"
+            if not x.numel() or not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
+                return "the input is empty or has gaps"
+        return self._mixed(args)
+
+    def _mixed(self, args: tuple) -> str | None:
+        """Why it cannot be said which layout stock would compute in, or None."""
+        images = {executor.suggests_channels_last(x) for x in args if x.dim() == 4}
+        if len(images) > 1 or images == {False} and len({
+                executor.suggests_channels_last(w) for w in self._weights() if w.numel() != w.shape[0]}) > 1:
+            return "inputs or weights are in different memory formats"
         return None
 
-    def _make_guards(self) -> tuple:
-        inside = {id(m) for m in self.watched}
-        places = [(parent._modules, name, child) for parent in self.watched
-                  for name, child in parent._modules.items() if child is not None and id(child) in inside]
-        hooks = [h for m in self.watched if m is not self.module
-                 for h in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)]
-        return places, hooks
+    def _weights(self) -> Iterator[torch.Tensor]:
+        return (conv.weight for conv in self.convs)
 
     def _converts(self, args: tuple) -> bool:
         """Whether stock would compute in contiguous memory here, so that results must be put back into it."""
         return (not any(executor.suggests_channels_last(x) for x in args)
-                and not any(executor.suggests_channels_last(s.conv._parameters["weight"]) for s in self.launches))
+                and not any(executor.suggests_channels_last(w) for w in self._weights()))
 
-    def _run(self, args: tuple, convert: bool, record: bool = False) -> Any:
-        values: list[Any] = [None] * self.size
-        values[:len(args)] = [x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and (convert or self.keep)
-                              else x for x in args]
+    def _run(self, args: tuple, convert: bool, answers: dict[int, list] | None = None) -> Any:
+        inner = args
+        if convert or self.keep:
+            inner = tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in args)
+        values = [*(inner if self.keep else args), *inner, *[None] * (self.size - 2 * len(args))]
         tidy = convert and not self.keep
         profiled = torch.autograd._profiler_enabled()
         finite = True
         for step in self.steps:
-            if profiled and type(step) is Launch:
+            if answers and step.opaque:
+                value = answers[id(step.target)].pop(0)
+            elif profiled and type(step) is Launch:
                 with torch.profiler.record_function(f"fused_resnet::{step.name}"):
-                    values[step.out] = step.run(values, tidy, finite)
-            elif record and type(step) is Launch:
-                values[step.out] = step.run(values, tidy, finite)
-                step.backend = step.backend or backends.last()
+                    value = step.run(values, tidy, finite)
             else:
-                value = values[step.out] = step.run(values, tidy, finite)
-                if type(step) is Call and not step.layout_free and finite and type(value) is torch.Tensor and value.is_cpu:
-                    finite = not value.is_floating_point() or backends.all_finite(value)
+                value = step.run(values, tidy, finite)
+            finite = finite and (step.steady or _finite(value))
+            values[step.out] = value
             for slot in step.frees:
                 values[slot] = None
-        return _map(self.output, lambda a: executor.restore(values[a.index]) if tidy else values[a.index])
+
+        def give(slot: Slot) -> Any:
+            if tidy and slot.loose:
+                values[slot.at] = executor.restore(values[slot.at])
+            return values[slot.at] if tidy or not slot.loose else executor.settle(values[slot.at])
+
+        return fill_slots(self.output, give)
 
     def _check(self, key: tuple, args: tuple, convert: bool) -> Any:
+        """The first call of its kind: the stock forward's answer counts unless the plan agrees with it."""
         if args[0].is_cuda and torch.cuda.is_current_stream_capturing():
             return self._run(args, convert)
-        executor.state.stock = True
+        given = args
+        if self.keep:
+            given = tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in args)
+        chance = torch.get_rng_state()
+        with self._listening() as answers:
+            expected = type(self.module).forward(self.module, *given)
+        after = torch.get_rng_state()
+        torch.set_rng_state(chance)  # the plan draws the numbers that stock drew
         try:
-            inputs = args if not self.keep else tuple(
-                x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in args)
-            expected = type(self.module).forward(self.module, *inputs)
+            result = self._run(args, convert, answers)
+            problem = _difference(result, expected, args)
+        except torch.OutOfMemoryError:
+            return expected  # not judged; tried again at the next call
+        except (RuntimeError, TypeError, AttributeError, IndexError) as error:
+            problem = f"it raised {type(error).__name__}: {error}"
         finally:
-            executor.state.stock = False
-        result = self._run(args, convert, record=True)
-        problem = _difference(result, expected)
+            torch.set_rng_state(after)
         if problem is None:
             self.checked.add(key)
             return result
         self.broken = f"the plan disagreed with the stock forward: {problem}"
-        warnings.warn(f"fused_resnet leaves a {type(self.module).__name__} stock: {self.broken}. Please report this line "
-                      f"with the source of its forward.", stacklevel=4)
+        warnings.warn(f"fused_resnet leaves a {type(self.module).__name__} stock: {self.broken}. Please report this "
+                      f"line with the source of its forward.", stacklevel=4)
         return expected
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[dict[int, list]]:
+        """Planned forwards step aside; what opaque modules answer is kept, so that they are called only once."""
+        answers: dict[int, list] = {id(m): [] for m in self.opaque}
+        me = threading.get_ident()
+
+        def keep(module: nn.Module, _: Any, answer: Any) -> None:
+            if threading.get_ident() == me:
+                answers[id(module)].append(answer)
+
+        handles = [m.register_forward_hook(keep) for m in {id(m): m for m in self.opaque}.values()]
+        executor.state.stock = True
+        try:
+            yield answers
+        finally:
+            executor.state.stock = False
+            for handle in handles:
+                handle.remove()
 
     def _note(self, reason: str) -> None:
         if reason not in self.fallbacks and reason in (executor.GRAD, executor.TRAINING):
@@ -235,135 +206,44 @@ def _warn_once(reason: str) -> None:
                       f"fused inference.", stacklevel=5)
 
 
-def _difference(result: Any, expected: Any) -> str | None:
+def _finite(value: Any) -> bool:
+    """Whether no kernel could meet NaN or Inf in `value`; on a GPU they all take it as it comes."""
+    return all(not t.is_cpu or not t.is_floating_point() or backends.all_finite(t)
+               for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, torch.Tensor))
+
+
+def detach(module: nn.Module) -> nn.Module:
+    """Takes the plan off `module`, if it has one."""
+    if isinstance(module.__dict__.get("forward"), Plan):
+        del module.__dict__["forward"], module.__dict__["_replicate_for_data_parallel"]
+    return module
+
+
+def _difference(result: Any, expected: Any, inputs: tuple) -> str | None:
     """What is wrong with `result`, or None."""
-    mine, theirs = torch.utils._pytree.tree_leaves(result), torch.utils._pytree.tree_leaves(expected)
-    if len(mine) != len(theirs) or type(result) is not type(expected):
-        return f"a {type(result).__name__} of {len(mine)} values in place of a {type(expected).__name__} of {len(theirs)}"
+    mine, shape = torch.utils._pytree.tree_flatten(result)
+    theirs, wanted = torch.utils._pytree.tree_flatten(expected)
+    if shape != wanted or type(result) is not type(expected):
+        return f"{type(result).__name__} of {len(mine)} values in place of {type(expected).__name__} of {len(theirs)}"
+    if _shared(mine, inputs) != _shared(theirs, inputs):
+        return "its results share memory with each other or with the inputs in another way"
     for a, b in zip(mine, theirs, strict=True):
         if not isinstance(b, torch.Tensor):
             if a != b:
                 return f"{a!r} in place of {b!r}"
             continue
-        if a.shape != b.shape or a.dtype != b.dtype or a.stride() != b.stride():
+        if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device or a.stride() != b.stride():
             return (f"shape {tuple(a.shape)}, strides {a.stride()}, {a.dtype} in place of {tuple(b.shape)}, "
                     f"{b.stride()}, {b.dtype}")
-        if b.numel() and b.is_floating_point():
+        if b.numel() and b.is_floating_point() and not b.is_meta:
             error = numerics.measure(a, b)
             if error.rel > PLAN_TOLERANCE.get(numerics.NAMES.get(b.dtype, ""), 0.2):
                 return f"relative rms error {error.rel:.2g}"
     return None
 
 
-def _map(spec: Any, fill: Any) -> Any:
-    """`spec` with every Slot replaced by `fill(slot)`."""
-    if type(spec) is Slot:
-        return fill(spec)
-    if isinstance(spec, list):  # fx keeps its own immutable list and dict types
-        return [_map(s, fill) for s in spec]
-    if type(spec) is tuple:
-        return tuple(_map(s, fill) for s in spec)
-    if isinstance(spec, dict):
-        return {k: _map(v, fill) for k, v in spec.items()}
-    if type(spec) is slice:
-        return slice(*(_map(s, fill) for s in (spec.start, spec.stop, spec.step)))
-    return spec
-
-
-def build(module: nn.Module, graph: fx.Graph, matches: list[Match], inlined: list[str], keep: bool, prefix: str) -> Plan:
-    """Turns a matched graph of `module` into a plan over its live submodules.
-
-    Args:
-        inlined: names of the submodules whose forwards are in the graph.
-        keep: leave results in channels_last.
-        prefix: the name of `module` in the model, with a dot, or "".
-    """
-    slots: dict[fx.Node, int] = {}
-    inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    for node in [*inputs, *(n for n in graph.nodes if n.op not in ("placeholder", "output"))]:
-        slots[node] = len(slots)
-    launches = {m.last: m for m in matches}
-    absorbed = {n: m for m in matches for n in m.nodes}
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    steps: list[Any] = []
-    output: Any = None
-    for node in graph.nodes:
-        if node.op == "output":
-            output = fx.node.map_arg(node.args[0], lambda n: Slot(slots[n]))
-        elif node in launches:
-            match = launches[node]
-            reuse = match.residual is not None and _expendable(match, order, absorbed, lambda n: _live(module, n))
-            steps.append(_launch(module, match, slots, reuse, prefix))
-        elif node.op != "placeholder" and node not in absorbed:
-            steps.append(_call(module, node, slots))
-    _free(steps, output, len(inputs))
-    leaves = [n.target for n in graph.nodes if n.op == "call_module"]
-    watched = {id(m): m for m in (module, *(module.get_submodule(n) for n in (*inlined, *leaves)))}
-    for launch in steps:
-        for call in launch.stock if isinstance(launch, Launch) else ():
-            if call.kind == "call_module":
-                watched[id(call.target)] = call.target
-    return Plan(module, [n.target for n in inputs], steps, len(slots), output, list(watched.values()), keep)
-
-
-def _call(module: nn.Module, node: fx.Node, slots: dict[fx.Node, int]) -> Any:
-    if node.op == "get_attr":
-        owner, _, name = str(node.target).rpartition(".")
-        return Attribute(module.get_submodule(owner), name, slots[node])
-    target = module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
-    args = fx.node.map_arg(node.args, lambda n: Slot(slots[n]))
-    kwargs = fx.node.map_arg(node.kwargs, lambda n: Slot(slots[n]))
-    free = (type(target) in LAYOUT_FREE if node.op == "call_module"
-            else node.op == "call_function" and target in LAYOUT_FREE_FUNCTIONS)
-    return Call(node.op, target, tuple(args), dict(kwargs), slots[node], free)
-
-
-def _launch(module: nn.Module, match: Match, slots: dict[fx.Node, int], reuse: bool, prefix: str) -> Launch:
-    def name(node: fx.Node | None) -> str:
-        return "identity" if node is None else activation_of(node, _live(module, node)) or "identity"
-
-    prologue = None
-    if match.prologue:
-        prologue = (_live(module, match.prologue[0]), name(match.prologue[1] if len(match.prologue) > 1 else None))
-    return Launch(f"{prefix}{match.conv.target}", match.pattern, _live(module, match.conv),  # type: ignore
-                  _live(module, match.norm), name(match.activation), prologue, slots[match.x],
-                  None if match.residual is None else slots[match.residual], reuse,
-                  [_call(module, n, slots) for n in match.nodes], slots[match.last])
-
-
-def _live(module: nn.Module, node: fx.Node | None) -> nn.Module | None:
-    return module.get_submodule(str(node.target)) if node is not None and node.op == "call_module" else None
-
-
-# Modules that read a tensor and make another, keeping nothing.
-_READERS = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-
-
-def _expendable(match: Match, order: dict[fx.Node, int], absorbed: dict[fx.Node, Match],
-                live: Callable[[fx.Node], nn.Module | None]) -> bool:
-    """Whether the residual of `match` is a tensor that only this plan knows and that dies with it."""
-    node = match.residual
-    made = absorbed.get(node)
-    if made is None and not (node.op == "call_module" and type(live(node)) in _READERS) or node is match.x:
-        return False
-
-    def reads(user: fx.Node) -> bool:
-        done = absorbed[user].last if user in absorbed else user
-        return (order[done] <= order[match.last] and (user in absorbed or type(live(user)) in _READERS))
-
-    return (made is None or made.last is node) and all(reads(user) for user in node.users)
-
-
-def _free(steps: list, output: Any, inputs: int) -> None:
-    """Tells each step which values nobody reads after it."""
-    alive: set[int] = set()
-    _map(output, lambda a: alive.add(a.index))
-    for step in reversed(steps):
-        used: set[int] = set()
-        if isinstance(step, Launch):
-            used = {step.x} | ({step.residual} if step.residual is not None else set())
-            used |= {c.out for c in step.stock} - {step.out}
-        elif isinstance(step, Call):
-            _map((step.args, step.kwargs), lambda a, used=used: used.add(a.index))
-        step.frees = tuple(used - alive - {step.out})
-        alive |= used
+def _shared(results: list, inputs: tuple) -> list[int]:
+    """For every result the number of the first tensor, inputs first, that lies in the same memory."""
+    owners: dict[int, int] = {}
+    tensors = [t for t in (*inputs, *results) if isinstance(t, torch.Tensor) and not t.is_meta]
+    return [owners.setdefault(t.untyped_storage().data_ptr(), i) for i, t in enumerate(tensors)]

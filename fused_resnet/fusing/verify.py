@@ -26,8 +26,8 @@ class Verification:
         return self.bound.ok
 
     def __str__(self) -> str:
-        return (f"{'ok' if self else 'WRONG'}: relative rms error {self.fused.rel:.2e} fused, {self.stock.rel:.2e} stock "
-                f"({self.dtype}, against fp64); {self.bound}")
+        return (f"{'ok' if self else 'WRONG'}: relative rms error {self.fused.rel:.2e} fused, {self.stock.rel:.2e} "
+                f"stock ({self.dtype}, against fp64); {self.bound}")
 
 
 def verify(model: nn.Module, fused: nn.Module, sample: Any) -> Verification:

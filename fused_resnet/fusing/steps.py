@@ -1,0 +1,139 @@
+"""The steps of a plan: fused launches, and whatever stands between them as it is.
+
+Steps read and write numbered values. Between planned operations values are in channels_last; one is
+`loose` while its strides are not those that stock gives it, and a step that might care gets it put
+right first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fused_resnet import backends
+from fused_resnet.fusing.match import ADDS, FUNCTIONS
+from fused_resnet.nn import executor
+
+# What these make of finite values is finite, in whatever layout.
+STEADY = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid, nn.MaxPool2d, nn.AvgPool2d,
+          nn.AdaptiveAvgPool2d)
+STEADY_FUNCTIONS = {*(f for f in FUNCTIONS if callable(f)), *(f for f in ADDS if callable(f)), torch.cat, torch.sigmoid,
+                    F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.hardsigmoid}
+# These take any layout, too. Whatever is not named here gets the strides of stock.
+LAYOUT_FREE = (*STEADY, nn.Conv2d, nn.BatchNorm2d, nn.Linear)
+LAYOUT_FREE_FUNCTIONS = {*STEADY_FUNCTIONS, operator.mul, torch.mul}
+
+
+class Slot(NamedTuple):
+    """A numbered value of the plan, where an argument stands."""
+
+    at: int
+    loose: bool = False
+
+
+class Call:
+    """One node that runs as it stands."""
+
+    def __init__(self, kind: str, target: Any, args: tuple, kwargs: dict, out: int, opaque: bool):
+        self.kind, self.target, self.args, self.kwargs, self.out = kind, target, args, kwargs, out
+        self.opaque = opaque  # a module whose forward is not understood
+        self.layout_free, self.steady = (
+            type(target) in modules and not opaque if kind == "call_module"
+            else kind == "call_function" and target in functions
+            for modules, functions in ((LAYOUT_FREE, LAYOUT_FREE_FUNCTIONS), (STEADY, STEADY_FUNCTIONS)))
+        self.frees: tuple[int, ...] = ()
+
+    def __getstate__(self) -> dict:
+        """Functions go by their public names: pickle cannot find F.max_pool2d by its own."""
+        name = getattr(self.target, "__name__", "")
+        for home in (F, torch, operator) if self.kind == "call_function" else ():
+            if getattr(home, name, None) is self.target:
+                return {**self.__dict__, "target": (home.__name__, name)}
+        return self.__dict__
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        if type(self.target) is tuple:
+            home, name = self.target
+            self.target = getattr(importlib.import_module(home), name)
+
+    def run(self, values: list, tidy: bool, finite: bool = True) -> Any:
+        plain = not tidy or self.layout_free
+
+        def fill(a: Slot) -> Any:
+            return values[a.at] if plain or not a.loose else executor.restore(values[a.at])
+
+        args, kwargs = fill_slots((self.args, self.kwargs), fill)
+        if self.kind == "call_method":
+            return getattr(args[0], self.target)(*args[1:], **kwargs)
+        return self.target(*args, **kwargs)
+
+
+class Attribute:
+    """A parameter or buffer that forward reads by itself."""
+
+    steady = opaque = False
+
+    def __init__(self, owner: nn.Module, name: str, out: int):
+        self.owner, self.name, self.out = owner, name, out
+        self.frees: tuple[int, ...] = ()
+
+    def run(self, values: list, tidy: bool, finite: bool) -> Any:
+        return getattr(self.owner, self.name)
+
+
+class Launch:
+    """One match: a fused launch, or its nodes one by one where the operands do not fit."""
+
+    opaque = False
+
+    def __init__(self, name: str, pattern: str, conv: nn.Module, norm: nn.Module | None, activation: str,
+                 prologue: tuple[nn.Module, str] | None, x: int, residual: int | None, reuse: bool, stock: list[Call],
+                 out: int):
+        self.name, self.pattern, self.out = name, pattern, out
+        self.conv, self.norm, self.activation, self.prologue = conv, norm, activation, prologue
+        self.x, self.residual, self.reuse, self.stock = x, residual, reuse, stock
+        self.frees: tuple[int, ...] = ()
+        self.backend = ""
+
+    @property
+    def steady(self) -> bool:
+        """Whether the last result in this thread came from a kernel: those refuse weights that are not finite."""
+        return executor.state.kernel
+
+    def blocked(self) -> str | None:
+        reason = executor.blocked(self.conv, self.norm, None)
+        return reason if reason or self.prologue is None else executor.norm_blocked(self.prologue[0])
+
+    def run(self, values: list, tidy: bool, finite: bool) -> Any:
+        residual = None if self.residual is None else values[self.residual]
+        out = executor.launch(values[self.x], self.conv, self.norm, self.activation, residual, self.prologue,
+                              finite, self.reuse)
+        if out is None:
+            self.backend = "stock"
+            for call in self.stock:
+                out = values[call.out] = call.run(values, False)
+        else:
+            self.backend = backends.last()
+        return out
+
+
+def fill_slots(spec: Any, fill: Callable[[Slot], Any]) -> Any:
+    """`spec` with every Slot replaced by `fill(slot)`."""
+    if type(spec) is Slot:
+        return fill(spec)
+    if isinstance(spec, list):  # fx keeps its own immutable list and dict types
+        return [fill_slots(s, fill) for s in spec]
+    if type(spec) is tuple:
+        return tuple(fill_slots(s, fill) for s in spec)
+    if isinstance(spec, dict):
+        return {k: fill_slots(v, fill) for k, v in spec.items()}
+    if type(spec) is slice:
+        return slice(*(fill_slots(s, fill) for s in (spec.start, spec.stop, spec.step)))
+    return spec
