@@ -33,8 +33,8 @@ class Row:
 
     `rel_error` is rms(error) / rms(reference) against an fp64 run of the stock model; `vs_stock` is over the
     best eager row of the same run; `launches` come from the profiler; `peak_mem_mb` is the peak of one warm call
-    beyond what was held before it (`timing.PeakMemory`); `roofline_share` is the share of a measured matmul's
-    FLOP/s on the same device and dtype.
+    beyond what was held before it (`timing.PeakMemory`); `roofline_share` is the share of the FLOP/s that a
+    dense product reaches on the same device in the same dtype (`timing.matmul_peak`).
     """
 
     level: str

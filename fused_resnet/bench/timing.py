@@ -115,19 +115,31 @@ def pool_size(batch_bytes: int, device: str = "cpu", most: int = 64) -> int:
 
 
 def matmul_peak(dtype: torch.dtype, device: str = "cpu") -> float:
-    """Measured GFLOP/s of a square matmul, the best of a few: the ceiling for `roofline_share`."""
+    """Measured GFLOP/s of dense multiplication, the best of many runs: the ceiling for `roofline_share`.
+
+    CUDA: a square matmul of 8192. CPU: the better of a square matmul of 1024 and a 3x3 convolution of 256 channels,
+    because torch's fp32 matmul is MKL's, which was measured at 201 GFLOP/s where oneDNN reaches 491 (two AMD cores).
+    """
     size = 8192 if device == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = min(_one_matmul(a, b, device) for _ in range(16))
-    return 2 * size**3 / best / 1e6
-
-
-def _one_matmul(a: torch.Tensor, b: torch.Tensor, device: str) -> float:
+    peak = _best_rate(lambda _: a @ b, 2 * size**3, device)
     if device == "cuda":
-        return _time_cuda(lambda _: a @ b, None, None)
-    start = time.perf_counter()
-    torch.mm(a, b)
-    return (time.perf_counter() - start) * 1e3
+        return peak
+    x = torch.randn(8, 256, 28, 28).to(dtype, memory_format=torch.channels_last)
+    w = torch.randn(256, 256, 3, 3).to(dtype, memory_format=torch.channels_last)
+    return max(peak, _best_rate(lambda _: torch.conv2d(x, w, padding=1), 2 * 8 * 28 * 28 * 256 * 256 * 9, device))
+
+
+def _best_rate(call: Call, flops: int, device: str) -> float:
+    """GFLOP/s of the fastest of sixteen calls."""
+    def once() -> float:
+        if device == "cuda":
+            return _time_cuda(call, None, None)
+        start = time.perf_counter()
+        call(None)
+        return (time.perf_counter() - start) * 1e3
+
+    return flops / min(once() for _ in range(16)) / 1e6
 
 
 class PeakMemory:

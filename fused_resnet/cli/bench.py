@@ -106,7 +106,7 @@ def table(group: session.Group) -> Table:
                   caption="\n".join(f"{name}: {why}" for name, why in group.left_out.items()) or None,
                   caption_justify="left")
     shown.add_column("provider")
-    for head in ("ms p50", "p20 .. p80", "images/s", "x best eager", "error", "of matmul peak", "MB"):
+    for head in ("ms p50", "p20 .. p80", "images/s", "x best eager", "error", "of peak", "MB"):
         shown.add_column(head, justify="right", no_wrap=True)
     shown.add_column("launches", overflow="fold")
     for entry in sorted(group.entries, key=lambda entry: entry.row.ms_p50 or float("inf")):
