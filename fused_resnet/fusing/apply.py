@@ -108,7 +108,7 @@ def _attach(model: nn.Module, allowed: Callable[[str, nn.Module], bool] | None, 
     left_out = tuple(f"{name}." for name in opaque)
     opaque |= replaced
     for name, module in reversed(modules.items()):  # children before parents
-        if name in opaque or name.startswith(left_out) or isinstance(module, NEVER_CALLED) or _plain(module):
+        if name in opaque or name.startswith(left_out) or type(module) in NEVER_CALLED or _plain(module):
             continue
         prefix = f"{name}." if name else ""
         inside = {other[len(prefix):] for other in opaque if other.startswith(prefix)}
