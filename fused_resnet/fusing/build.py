@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
@@ -59,7 +58,7 @@ def build(module: nn.Module, captured: Captured, matches: list[Match], opaque: s
             output = fx.node.map_arg(node.args[0], slots.exact)
         elif node in launches:
             match = launches[node]
-            reuse = match.residual is not None and _expendable(match, order, absorbed, lambda n: _live(module, n))
+            reuse = match.residual is not None and _expendable(match, match.residual, module, order, absorbed)
             steps.append(_launch(module, match, slots, reuse, prefix))
             slots.loose.add(node)
         elif node.op != "placeholder" and node not in absorbed:
@@ -89,13 +88,14 @@ def _launch(module: nn.Module, match: Match, slots: _Slots, reuse: bool, prefix:
     prologue = None
     if match.prologue:
         prologue = (_live(module, match.prologue[0]), name(match.prologue[1] if len(match.prologue) > 1 else None))
-    return Launch(f"{prefix}{match.conv.target}", match.pattern, _live(module, match.conv),  # type: ignore
+    return Launch(f"{prefix}{match.conv.target}", match.pattern, _live(module, match.conv),
                   _live(module, match.norm), name(match.activation), prologue, slots.number[match.x],
                   None if match.residual is None else slots.number[match.residual], reuse,
                   [_call(module, n, slots, set()) for n in match.nodes], slots.number[match.last])
 
 
-def _live(module: nn.Module, node: fx.Node | None) -> nn.Module | None:
+def _live(module: nn.Module, node: fx.Node | None) -> Any:
+    """The submodule that `node` calls, or None."""
     return module.get_submodule(str(node.target)) if node is not None and node.op == "call_module" else None
 
 
@@ -103,17 +103,16 @@ def _live(module: nn.Module, node: fx.Node | None) -> nn.Module | None:
 _READERS = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
-def _expendable(match: Match, order: dict[fx.Node, int], absorbed: dict[fx.Node, Match],
-                live: Callable[[fx.Node], nn.Module | None]) -> bool:
-    """Whether the residual of `match` is a tensor that only this plan knows and that dies with it."""
-    node = match.residual
+def _expendable(match: Match, node: fx.Node, module: nn.Module, order: dict[fx.Node, int],
+                absorbed: dict[fx.Node, Match]) -> bool:
+    """Whether `node`, the residual of `match`, is a tensor that only this plan knows and that dies with it."""
     made = absorbed.get(node)
-    if made is None and not (node.op == "call_module" and type(live(node)) in _READERS) or node is match.x:
+    if made is None and type(_live(module, node)) not in _READERS or node is match.x:
         return False
 
     def reads(user: fx.Node) -> bool:
         done = absorbed[user].last if user in absorbed else user
-        return (order[done] <= order[match.last] and (user in absorbed or type(live(user)) in _READERS))
+        return (order[done] <= order[match.last] and (user in absorbed or type(_live(module, user)) in _READERS))
 
     return (made is None or made.last is node) and all(reads(user) for user in node.users)
 
@@ -128,6 +127,6 @@ def _free(steps: list, output: Any) -> None:
             used = {step.x} | ({step.residual} if step.residual is not None else set())
             used |= {c.out for c in step.stock} - {step.out}
         elif isinstance(step, Call):
-            fill_slots((step.args, step.kwargs), lambda a, used=used: used.add(a.at))
+            fill_slots((step.args, step.kwargs), lambda a: used.add(a.at))  # noqa: B023 - called at once
         step.frees = tuple(used - alive - {step.out})
         alive |= used

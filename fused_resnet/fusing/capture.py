@@ -61,7 +61,7 @@ class Captured:
 class _Proxy(fx.Proxy):
     """A tracing tensor that keeps `+=` apart from `+` and refuses to be asked for its type."""
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:  # type: ignore[override]
         asker = sys._getframe(1).f_globals.get("__name__", "")
         if asker == "torch" or asker.startswith(("torch.", "fused_resnet.")):
@@ -206,7 +206,7 @@ def _watching() -> Iterator[set[str]]:
 
     # A running profiler (cProfile) cannot be put back from Python: leave it be and listen as a debugger does.
     listen = sys.setprofile if sys.getprofile() is None else sys.settrace
-    before = None if listen is sys.setprofile else sys.gettrace()
+    before: Any = None if listen is sys.setprofile else sys.gettrace()
     listen(watch)
     try:
         yield names

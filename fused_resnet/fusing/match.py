@@ -196,8 +196,8 @@ def _growing(node: object, lookup: Lookup, taken: set[fx.Node]) -> bool:
         return False
     module = lookup(node)
     if module is not None and executor.is_norm(module) and _unary(node):
-        node = node.args[0]  # type: ignore[assignment]
-        module = lookup(node) if len(node.users) == 1 else None
+        conv: fx.Node = node.args[0]  # type: ignore[assignment]
+        module = lookup(conv) if len(conv.users) == 1 else None
     return type(module) is nn.Conv2d
 
 
