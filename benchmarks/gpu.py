@@ -19,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -120,20 +120,10 @@ def run_tests() -> Rows:
 
 
 def candidates(problem: ConvProblem, arch: int) -> list[Any]:
-    """The shipped tile first, then every other tile that is legal and not much larger than the problem."""
-    from fused_resnet.kernels.triton.tiles import Tile, legal, pick
+    """The Triton tiles to measure, the shipped one first."""
+    from fused_resnet.kernels.triton import tiles
 
-    base = pick(problem, arch)
-    if problem.depthwise:
-        grid = [replace(base, BLOCK_M=m, BLOCK_N=n) for m in (16, 32, 64) for n in (32, 64, 128)]
-    else:
-        grid = [Tile("gemm", m, n, k, warps, stages, SWAP=swap) for m, n, k, warps, stages, swap in itertools.product(
-            (64, 128, 256), (32, 64, 128, 256), {base.BLOCK_K, min(base.BLOCK_K, 32)}, (4, 8), (4,), (False, True))
-            if n < 2 * problem.K and m * n >= 4096 and (warps == 8) == (m * n > 128 * 128) and (not swap or n == 64)]
-        grid += [replace(base, num_stages=stages) for stages in (2, 3, 5)] + [replace(base, num_warps=8)]
-    same = {tuple(asdict(replace(tile, label="")).values()): tile for tile in [*grid, base]}
-    rest = [tile for tile in same.values() if tile != base and legal(tile, problem, arch) is None]
-    return [base, *rest]
+    return tiles.candidates(problem, arch)
 
 
 def graphed(launch: Callable[[], torch.Tensor]) -> Callable[[object], object]:

@@ -19,6 +19,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32",
@@ -37,6 +38,7 @@ class Report:
     spill_bytes: int
     shared_bytes: int
     serialized: bool  # ptxas gave up overlapping wgmma (warning C75xx)
+    from_registers: int  # wgmma whose first operand is in registers; the others read both from shared memory
     count: Mapping[str, int]
 
     def __str__(self) -> str:
@@ -70,6 +72,9 @@ def build(kernel: Any, arguments: Mapping[str, Any], arch: int, options: Mapping
         elif isinstance(value, torch.Tensor):
             # The launcher finds PyTorch's allocations aligned; without the hint no load would be vectorised.
             types[parameter.name], hints[(i,)] = "*" + TYPES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            types[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
         elif isinstance(value, float):
             types[parameter.name] = "fp32"
         else:
@@ -107,6 +112,7 @@ def inspect(compiled: Any, arch: int) -> Report:
         registers=_number(r"REG:(\d+)", usage), stack_bytes=_number(r"STACK:(\d+)", usage),
         spill_bytes=_number(r"(\d+) bytes spill stores", verbose) + _number(r"(\d+) bytes spill loads", verbose),
         shared_bytes=compiled.metadata.shared, serialized=bool(re.search(r"C75\d\d", verbose)),
+        from_registers=sum(text.count("{") > 1 for text in re.findall(r"wgmma\.mma_async[^;]*;", compiled.asm["ptx"])),
         count={name: len(re.findall(rf"\b{name}", sass)) for name in INSTRUCTIONS})
 
 

@@ -4,6 +4,7 @@ Runs in its own process, because Triton either compiles or interprets for the li
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 
@@ -16,9 +17,12 @@ from fused_resnet.testing import aot
 from fused_resnet.testing.cases import LAYERS, conv
 
 ARCHS = (80, 90)
+Tile = tiles.Tile
 # Problems that reach each row of the table: the plain one, and what costs registers beside it.
 REPRESENTATIVE = {
-    "thin": [conv(128, 128, 56, n=32, groups=32), conv(256, 256, 56, n=32, groups=32, stride=2),
+    "grouped": [conv(128, 128, 56, n=32, groups=32), conv(256, 256, 56, n=32, groups=32, stride=2),
+                conv(512, 512, 14, n=32, groups=32, residual=True), conv(64, 64, 14, groups=16, prologue="relu")],
+    "thin": [conv(48, 48, 56, n=32, groups=4), conv(80, 80, 56, n=32, groups=5, stride=2),
              conv(3, 16, 32, n=32), conv(16, 16, 32, n=32, residual=True), conv(64, 10, 8, 1, bias=True, norm=False)],
     "slim": [conv(1024, 1024, 14, n=32, groups=32), conv(256, 32, 28, 1, n=32, activation="hardswish"),
              conv(32, 32, 16, n=32, residual=True), conv(24, 24, 5, 1, prologue="silu"),
@@ -40,27 +44,53 @@ REPRESENTATIVE = {
                  conv(256, 1024, 28, 1, n=64, prologue="silu", residual=True),
                  conv(48, 96, 56, n=64, stride=2, prologue="hardswish", activation="hardswish")],
     "few": [conv(512, 512, 7, n=1, residual=True), conv(512, 2048, 7, 1, n=1, residual=True),
-            conv(256, 256, 14, n=1, stride=2), conv(130, 70, 3, 1, n=1), conv(128, 128, 8, n=1, prologue="relu")],
+            conv(256, 256, 14, n=1, stride=2), conv(2048, 512, 7, 1, n=1), conv(130, 70, 3, 1, n=1),
+            conv(128, 128, 8, n=1, prologue="relu")],
     "depthwise": [conv(96, 96, 56, n=32, groups=96, activation="relu6"), conv(32, 64, 28, 5, n=8, groups=32, stride=2),
                   conv(64, 64, 56, 7, n=32, groups=64, residual=True, prologue="relu")],
 }
 
 
-def cases() -> list[tuple[str, int, ConvProblem]]:
-    """(size bucket, architecture, problem): every row of the table, and every layer of two networks in bf16."""
+POINTWISE = [conv(64, 256, 56, 1, n=64, residual=True), conv(1024, 256, 14, 1, n=64),
+             conv(72, 200, 28, 1, n=64, bias=True, activation="hardswish")]
+BOXES = [conv(64, 64, 56, n=64, residual=True), conv(128, 128, 56, n=64, stride=2), conv(512, 512, 7, n=256),
+         conv(256, 512, 56, 1, n=64, stride=2, activation="identity"), conv(64, 192, 28, (1, 7), n=64, dilation=2)]
+# Tiles that tuning may choose and the heuristic does not: a legal one of each extreme.
+DESCRIPTORS = [(Tile("gemm1x1", 128, 128, 64, 8, 3), POINTWISE), (Tile("gemm1x1", 128, 64, 64, 4, 4), POINTWISE),
+               (Tile("gemm1x1", 128, 256, 64, 8, 3), POINTWISE), (Tile("gemm1x1", 256, 128, 64, 8, 3), POINTWISE),
+               (Tile("box", 128, 128, 64, 8, 4), BOXES), (Tile("box", 128, 64, 64, 4, 4), BOXES),
+               (Tile("box", 256, 64, 64, 8, 3), BOXES), (Tile("box", 128, 256, 64, 8, 3), BOXES),
+               (Tile("box", 256, 128, 64, 8, 3), BOXES)]
+
+
+def cases() -> list[tuple[str, int, ConvProblem, Tile]]:
+    """(size bucket, architecture, problem, tile): every row of the table, every layer of two networks in bf16, TMA."""
     found = [(bucket, arch, problem._replace(device="cuda", dtype=dtype))
              for arch in ARCHS for dtype in ("bf16", "tf32", "fp32")
-             for bucket, problems in REPRESENTATIVE.items() for problem in problems]
+             for bucket, problems in REPRESENTATIVE.items() for problem in problems
+             if (bucket, dtype) != ("grouped", "fp32") or problem.C // problem.groups < 16]
     found += [(bucket, arch, problems[0]._replace(device="cuda", dtype="fp16"))
               for arch in ARCHS for bucket, problems in REPRESENTATIVE.items()]
     layers = dict.fromkeys(problem._replace(device="cuda", dtype="bf16", N=64)
                            for name in ("resnet18", "resnet50") for problem, _ in LAYERS[name])
     found += [(tiles.bucket(problem, arch), arch, problem) for arch in ARCHS for problem in layers]
-    return list(dict.fromkeys(found))
+    return [(*case, tiles.pick(case[2], case[1])) for case in dict.fromkeys(found)] + descriptors()
 
 
-def name(arch: int, problem: ConvProblem) -> str:
-    return f"sm_{arch}-{problem.id}"
+def descriptors() -> list[tuple[str, int, ConvProblem, Tile]]:
+    """The tiles that load through tensor descriptors, with the problems that each is legal for."""
+    found = []
+    for (tile, problems), dtype in itertools.product(DESCRIPTORS, ("bf16", "tf32")):
+        tile = tile if dtype == "bf16" else dataclasses.replace(tile, BLOCK_K=32)
+        for problem in problems:
+            problem = problem._replace(device="cuda", dtype=dtype)
+            if tiles.legal(tile, problem, 90) is None:
+                found.append((tile.kernel, 90, problem, tile))
+    return found
+
+
+def name(arch: int, problem: ConvProblem, tile: Tile) -> str:
+    return f"sm_{arch}-{problem.id}-{tile}"
 
 
 def operands(problem: ConvProblem) -> ConvOperands:
@@ -79,21 +109,25 @@ def operands(problem: ConvProblem) -> ConvOperands:
         image(*p.output_shape) if p.residual else None, *(norm(p.C) if p.prologue else [None] * 4))
 
 
-def report(arch: int, problem: ConvProblem) -> dict:
-    """What the compiler made of the launch that `forward` would do, with what its tile declares."""
-    tile = tiles.pick(problem, arch)
+def report(arch: int, problem: ConvProblem, tile: Tile) -> dict:
+    """What the compiler made of the launch that `forward` would do; of two launches, the more of each."""
     given = operands(problem)
     y = torch.empty(problem.output_shape, dtype=given.x.dtype, device="meta", memory_format=torch.channels_last)
     kernel, _, arguments = conv_bn_act.bind(problem, given, y, tile)
     result = aot.check(kernel, arguments, arch, tile.options)
-    return {"name": name(arch, problem), **dataclasses.asdict(result)}
+    found = dataclasses.asdict(result)
+    if tile.SPLIT_K > 1:
+        kernel, _, arguments = conv_bn_act.bind_finish(arguments)
+        second = aot.check(kernel, arguments, arch, conv_bn_act.FINISH_OPTIONS)
+        found |= {field: max(value, getattr(second, field)) for field, value in found.items() if field != "count"}
+    return {"name": name(arch, problem, tile), **found}
 
 
 if __name__ == "__main__":
     share, of = map(int, sys.argv[1:])
-    for _, arch, problem in cases()[share::of]:
+    for _, arch, problem, tile in cases()[share::of]:
         try:
-            row = report(arch, problem)
+            row = report(arch, problem, tile)
         except Exception as error:
-            row = {"name": name(arch, problem), "error": f"{type(error).__name__}: {error}"}
+            row = {"name": name(arch, problem, tile), "error": f"{type(error).__name__}: {error}"}
         print(json.dumps(row), flush=True)

@@ -9,6 +9,7 @@ from fused_resnet.testing.cases import CATALOGUE, LAYERS, conv
 
 ARCHS = (80, 86, 87, 89, 90, 100, 120)
 NETWORK_LAYERS = [problem._replace(N=n) for layers in LAYERS.values() for problem, _ in layers for n in (1, 64)]
+TMA = {"kernel": "box", "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
 LEGAL = tiles.Tile("gemm", 64, 64, 32)
 
 
@@ -22,7 +23,7 @@ def test_every_problem_gets_a_legal_tile(arch, dtype):
 
 def test_every_row_can_be_reached_by_its_own_bucket():
     rows = {(kernel, bucket) for kernel, _, _, bucket in tiles.SHIPPED}
-    found = {("depthwise" if problem.depthwise else "gemm", tiles.bucket(problem, 90))
+    found = {(tiles.pick(problem, 90).kernel, tiles.bucket(problem, 90))
              for problem in [*CATALOGUE, *NETWORK_LAYERS, conv(64, 64, 56, n=64, prologue="relu")]}
     assert found == rows
 
@@ -38,7 +39,17 @@ def test_windows_keep_four_warps_on_hopper():
     ({"num_warps": 3}, {}, 80, "num_warps=3"), ({"BLOCK_M": 512}, {}, 80, "256 sums"),
     ({"SWAP": True}, {"prologue": "relu"}, 80, "prologue"), ({"BLOCK_M": 32}, {"dtype": "bf16"}, 90, "64 rows"),
     ({"num_warps": 2, "BLOCK_M": 64}, {"dtype": "bf16"}, 90, "4 warps"),
-    ({"BLOCK_K": 128, "num_stages": 2}, {}, 86, "bytes of shared memory"), ({}, {"dtype": "bf16"}, 90, None)])
+    ({"BLOCK_K": 128, "num_stages": 2}, {}, 86, "bytes of shared memory"), ({}, {"dtype": "bf16"}, 90, None),
+    ({"SPLIT_K": 64}, {}, 90, "SPLIT_K=64 of 18 steps"), ({"SPLIT_K": 4}, {}, 80, None),
+    ({**TMA, "SPLIT_K": 2}, {}, 90, "only the gemm"), (TMA, {}, 90, None), (TMA, {}, 80, "not on sm_80"),
+    (TMA, {"groups": 2}, 90, "no groups"), (TMA, {"prologue": "relu"}, 90, "no prologue"),
+    (TMA, {"C": 36, "dtype": "bf16"}, 90, "36 -> 64 channels"), (TMA, {"C": 48}, 90, "does not divide 48"),
+    (TMA, {"stride": (2, 2)}, 90, None), (TMA, {"stride": (2, 2), "H": 9}, 90, "stride 2 does not divide 9"),
+    (TMA, {"device": "cuda"}, 90, "spills"), ({**TMA, "kernel": "gemm1x1"}, {}, 90, "one tap"),
+    ({**TMA, "BLOCK_M": 256, "BLOCK_N": 128, "num_warps": 8}, {"dtype": "bf16", "residual": True}, 90, "spill"),
+    ({"kernel": "grouped"}, {"groups": 2}, 90, "fit BLOCK_K=32 twice"),
+    ({"kernel": "grouped"}, {"groups": 8}, 90, "BLOCK_N=64 is not"),
+    ({"kernel": "grouped", "BLOCK_N": 32}, {"groups": 8}, 90, None)])
 def test_reasons(change, problem, arch, reason):
     found = tiles.legal(dataclasses.replace(LEGAL, **change), conv(64, 64, 8)._replace(**problem), arch)
     assert found is None if reason is None else reason in found
@@ -48,3 +59,37 @@ def test_reasons(change, problem, arch, reason):
 def test_the_reduction_is_trimmed_to_the_channels(channels, block):
     problem = conv(channels, 64, 56, n=64)._replace(dtype="bf16", device="cuda")
     assert tiles.pick(problem, 90).BLOCK_K == block
+
+
+@pytest.mark.parametrize(("problem", "box"), [
+    (conv(64, 64, 56, n=64), (2, 8, 8)), (conv(64, 64, 28, n=64), (8, 4, 4)), (conv(64, 64, 14, n=64), (32, 2, 2)),
+    (conv(64, 64, 7, n=256), (128, 1, 1)), (conv(64, 64, (1, 300), n=1), (1, 1, 128))], ids=lambda v: str(v)[:60])
+def test_a_box_wastes_no_pixels_where_it_need_not(problem, box):
+    assert tiles.box(problem, 128) == box
+
+
+@pytest.mark.parametrize(("channels", "groups", "block"), [(128, 32, 64), (256, 32, 64), (512, 32, 64), (1024, 32, 0),
+                                                           (256, 32, 64), (64, 16, 64), (48, 3, 0), (40, 5, 0)])
+def test_narrow_groups_share_a_product(channels, groups, block):
+    problem = conv(channels, channels, 14, n=32, groups=groups)._replace(dtype="bf16", device="cuda")
+    tile = tiles.pick(problem, 90)
+    assert (tile.BLOCK_N, tile.BLOCK_K) == (block, block) if block else tile.kernel == "gemm"
+
+
+@pytest.mark.parametrize(("problem", "parts"), [(conv(512, 512, 7, n=1), 8), (conv(256, 256, 14, n=1), 4),
+                                                (conv(64, 64, 56, n=1), 1), (conv(512, 512, 7, n=64), 1)])
+def test_a_reduction_is_split_where_tiles_are_few_and_steps_many(problem, parts):
+    assert tiles.pick(problem._replace(dtype="bf16", device="cuda"), 90).SPLIT_K == parts
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_candidates_are_legal_distinct_and_begin_with_the_shipped_tile(arch):
+    kernels = set()
+    for problem in NETWORK_LAYERS + CATALOGUE:
+        problem = problem._replace(dtype="bf16", device="cuda")
+        found = tiles.candidates(problem, arch)
+        assert found[0] == tiles.pick(problem, arch)
+        assert len(set(found)) == len(found)
+        assert not any(tiles.legal(tile, problem, arch) for tile in found)
+        kernels |= {tile.kernel for tile in found}
+    assert kernels == {"gemm", "grouped", "depthwise", *(tiles.TMA if arch == 90 else ())}

@@ -4,7 +4,10 @@ Implicit GEMM over NHWC: a program owns BLOCK_M output pixels x BLOCK_N output c
 and gathers the pixels of one tap, or of BLOCK_K elements of the window, at a time; nothing is unfolded
 in memory. The programs of one pixel tile are neighbours in the grid, so that x is read from L2 after
 the first. With one input channel a group there is nothing to multiply in tensor cores, and a second
-kernel accumulates elementwise. The norm's vectors are read live, so nothing goes stale.
+kernel accumulates elementwise. Several narrow groups share a product, whose weights are zero where input
+and output belong to different groups. Where there are fewer tiles than multiprocessors, the reduction
+of a tile is split over SPLIT_K programs, which costs a second launch: see `finish_split`. The tiles
+"gemm1x1" and "box" are in `conv_bn_act_tma`. The norm's vectors are read live, so nothing goes stale.
 """
 
 from __future__ import annotations
@@ -18,61 +21,52 @@ import triton
 import triton.language as tl
 
 from fused_resnet.kernels.packing import packed
+from fused_resnet.kernels.triton import conv_bn_act_tma as tma
 from fused_resnet.kernels.triton.epilogue import activate, finish, fold
 from fused_resnet.kernels.triton.launch import arch_of, launch
-from fused_resnet.kernels.triton.tiles import Tile, cdiv, flat, legal, pick
+from fused_resnet.kernels.triton.tiles import TMA, Tile, cdiv, flat, legal, pick
+from fused_resnet.kernels.triton.window import advance, elementwise, in_image, locate
 from fused_resnet.problem import ACTIVATIONS, ConvOperands, ConvProblem
 
 FOLDED = False
 DTYPES = ("fp32", "tf32", "fp16", "bf16")
 LARGEST_INDEX = 2**31 - 1
 # Sizes of the batch and of the image are plain numbers: one binary serves every image size of a layer.
+FINISH_OPTIONS = {"num_warps": 4, "num_stages": 1}
 SIZES = ["M", "H", "W", "P", "Q", "eps", "pre_eps"]
 
 
 @triton.jit
-def locate(m, H, W, P, Q, C: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr,
-           PAD_W: tl.constexpr):
-    """Row, column and offset of the first tap of output pixels `m`; all three may lie outside of the image."""
-    row = m // Q
-    h = row % P * STRIDE_H - PAD_H
-    w = m % Q * STRIDE_W - PAD_W
-    return h, w, ((row // P * H + h) * W + w) * C
-
-
-@triton.jit
-def in_image(h, w, H, W):
-    return (h >= 0) & (h < H) & (w >= 0) & (w < W)
-
-
-@triton.jit
-def advance(r, s, c, CG: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The next block of channels, and after a tap's last the next tap.
-
-    Counters, because div and mod of a flattened step were miscompiled on Hopper (pytorch#173068).
-    """
-    if CG > BLOCK_K:
-        c = tl.multiple_of(tl.where(c + BLOCK_K >= CG, 0, c + BLOCK_K), BLOCK_K)
-    if R * S > 1:
-        s += tl.where(c == 0, 1, 0)
-        r += tl.where(s == S, 1, 0)
-        s = tl.where(s == S, 0, s)
-    return r, s, c
+def narrow_tile(x, weight, y, residual, bias, gamma, beta, mean, var, eps, pre_gamma, pre_beta, pre_mean, pre_var,
+                pre_eps, M, H, W, P, Q, pixel, channel, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+                S: tl.constexpr, GROUPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+                PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+                ACTIVATION: tl.constexpr, PROLOGUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """BLOCK_M pixels from `pixel` on x BLOCK_N channels, elementwise and few at a time to spare registers."""
+    k = (channel + tl.arange(0, BLOCK_N))[None, :]
+    for start in range(0, BLOCK_M, 16):
+        m = (pixel + start + tl.arange(0, 16))[:, None]
+        inside = (m < M) & (k < K)
+        acc = elementwise(x, weight, m, k, inside, pre_gamma, pre_beta, pre_mean, pre_var, pre_eps, H, W, P, Q,
+                          C, K, R, S, GROUPS, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DIL_H, DIL_W, PROLOGUE)
+        finish(acc, y, residual, m * K + k, inside, bias, gamma, beta, mean, var, eps, k, k < K, ACTIVATION)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def conv_gemm(x, weight, y, residual, bias, gamma, beta, mean, var, eps,
+def conv_gemm(x, weight, y, residual, sums, bias, gamma, beta, mean, var, eps,
               pre_gamma, pre_beta, pre_mean, pre_var, pre_eps, M, H, W, P, Q,
               C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr,
               STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
               DIL_H: tl.constexpr, DIL_W: tl.constexpr, ACTIVATION: tl.constexpr, PROLOGUE: tl.constexpr,
               PRECISION: tl.constexpr, WIDE: tl.constexpr, FLAT: tl.constexpr, SWAP: tl.constexpr,
+              PACK: tl.constexpr, SPLIT_K: tl.constexpr,
               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """Tensor-core convolution of x [N, H, W, C] with weight [K, R, S, C / GROUPS] into y [N, P, Q, K].
 
     WIDE computes offsets in 64 bits. FLAT lets the reduction run over the elements of the window instead
     of tap by tap: with few channels a tap fills a small part of BLOCK_K. SWAP makes the channels the rows
-    of the accumulator, so that a narrow layer still issues the widest wgmma.
+    of the accumulator, so that a narrow layer still issues the widest wgmma. PACK groups of the convolution
+    form one group here. With SPLIT_K > 1 a program reduces its part of the steps into `sums` [SPLIT_K, M, K].
     """
     CG: tl.constexpr = C // GROUPS
     KG: tl.constexpr = K // GROUPS
@@ -81,13 +75,15 @@ def conv_gemm(x, weight, y, residual, bias, gamma, beta, mean, var, eps,
     STEPS: tl.constexpr = (DEPTH + BLOCK_K - 1) // BLOCK_K if FLAT else R * S * ((CG + BLOCK_K - 1) // BLOCK_K)
     SINGLE: tl.constexpr = R == 1 and S == 1 and PAD_H == 0 and PAD_W == 0
     RAGGED: tl.constexpr = (DEPTH if FLAT else CG) % BLOCK_K != 0
+    SHARE: tl.constexpr = (STEPS + SPLIT_K - 1) // SPLIT_K
 
     pid = tl.program_id(0)
     if WIDE:
         pid = pid.to(tl.int64)
         W = W.to(tl.int64)
     group = pid % (GROUPS * TILES) // TILES
-    m = pid // (GROUPS * TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = pid // (GROUPS * TILES) % SPLIT_K
+    m = pid // (GROUPS * TILES * SPLIT_K) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = pid % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     e = tl.arange(0, BLOCK_K)
     if SWAP:  # x is [BLOCK_K, BLOCK_M], weight [BLOCK_N, BLOCK_K]
@@ -99,10 +95,17 @@ def conv_gemm(x, weight, y, residual, bias, gamma, beta, mean, var, eps,
     h0, w0, corner = locate(m, H, W, P, Q, C, STRIDE_H, STRIDE_W, PAD_H, PAD_W)
     if SINGLE and STRIDE_H == 1 and STRIDE_W == 1:
         corner = m * C  # the same without a division
-    filters = (group * KG + k) * DEPTH
+    filters = (group * KG + k) * (DEPTH // PACK)
 
     r, s, c = 0, 0, 0
-    for step in range(STEPS):
+    first, last = 0, STEPS
+    if SPLIT_K > 1:
+        first = split * SHARE
+        last = tl.minimum(first + SHARE, STEPS)
+        if not FLAT:
+            BLOCKS: tl.constexpr = (CG + BLOCK_K - 1) // BLOCK_K
+            r, s, c = first // (BLOCKS * S), first // BLOCKS % S, first % BLOCKS * BLOCK_K
+    for step in range(first, last):
         if FLAT:
             start = step * BLOCK_K
             element = start + ex
@@ -120,7 +123,12 @@ def conv_gemm(x, weight, y, residual, bias, gamma, beta, mean, var, eps,
             ok = ok & (ex < left)
             w_ok = w_ok & (ew < left)
         xs = tl.load(x + corner + group * CG + (rx * DIL_H * W + sx * DIL_W) * C + cx, mask=ok, other=0.0)
-        ws = tl.load(weight + filters + start + ew, mask=w_ok, other=0.0)
+        if PACK > 1:  # one block of channels: input e meets output k where both are of one group
+            w_ok = w_ok & (k // (KG // PACK) == ew // (CG // PACK))
+            at = start // PACK + ew % (CG // PACK)
+        else:
+            at = start + ew
+        ws = tl.load(weight + filters + at, mask=w_ok, other=0.0)
         if PROLOGUE != "":
             scale, shift = fold(None, pre_gamma, pre_beta, pre_mean, pre_var, pre_eps, group * CG + cx, cx < CG)
             # Padding is zero after the norm, not before it.
@@ -133,8 +141,40 @@ def conv_gemm(x, weight, y, residual, bias, gamma, beta, mean, var, eps,
             r, s, c = advance(r, s, c, CG, R, S, BLOCK_K)
 
     channel = group * KG + k
-    finish(acc, y, residual, m * K + channel, (m < M) & (k < KG), bias, gamma, beta, mean, var, eps,
-           channel, k < KG, ACTIVATION)
+    if SPLIT_K > 1:
+        tl.store(sums + (split * M + m) * K + channel, acc, mask=(m < M) & (k < KG))
+    elif PACK == 1:
+        finish(acc, y, residual, m * K + channel, (m < M) & (k < KG), bias, gamma, beta, mean, var, eps,
+               channel, k < KG, ACTIVATION)
+    elif tl.max(tl.where(tl.abs(acc) < float("inf"), 0, 1)) > 0:
+        # Zero weights do not stop NaN and Inf from reaching the other groups: this tile again, without them.
+        narrow_tile(x, weight, y, residual, bias, gamma, beta, mean, var, eps, pre_gamma, pre_beta, pre_mean, pre_var,
+                    pre_eps, M, H, W, P, Q, pid // (GROUPS * TILES) * BLOCK_M, group * KG, C, K, R, S, GROUPS * PACK,
+                    STRIDE_H, STRIDE_W, PAD_H, PAD_W, DIL_H, DIL_W, ACTIVATION, PROLOGUE, BLOCK_M, BLOCK_N)
+    else:
+        finish(acc, y, residual, m * K + channel, (m < M) & (k < KG), bias, gamma, beta, mean, var, eps,
+               channel, k < KG, ACTIVATION)
+
+
+@triton.jit(do_not_specialize=["M", "eps"])
+def finish_split(sums, y, residual, bias, gamma, beta, mean, var, eps, M, K: tl.constexpr, ACTIVATION: tl.constexpr,
+                 WIDE: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Adds up the parts of a split reduction, always in the same order, and does what follows the convolution.
+
+    A launch of its own: counters by which the last program of a tile would know itself need to be zeroed, which is
+    a launch as well, or to outlive the launch, and then two CUDA graphs that share them must not run at once.
+    """
+    TILES: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    if WIDE:
+        pid = pid.to(tl.int64)
+    m = (pid // TILES * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    k = (pid % TILES * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    ok = (m < M) & (k < K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for split in tl.static_range(SPLIT_K):
+        acc += tl.load(sums + (split * M + m) * K + k, mask=ok, other=0.0)
+    finish(acc, y, residual, m * K + k, ok, bias, gamma, beta, mean, var, eps, k, k < K, ACTIVATION)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -152,21 +192,9 @@ def conv_depthwise(x, weight, y, residual, bias, gamma, beta, mean, var, eps,
         W = W.to(tl.int64)
     m = (pid // TILES * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     k = (pid % TILES * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    c = k // (K // C)
-    h0, w0, corner = locate(m, H, W, P, Q, C, STRIDE_H, STRIDE_W, PAD_H, PAD_W)
     inside = (m < M) & (k < K)
-    if PROLOGUE != "":
-        scale, shift = fold(None, pre_gamma, pre_beta, pre_mean, pre_var, pre_eps, c, k < K)
-
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for r in range(R):
-        for s in tl.static_range(S):
-            ok = inside & in_image(h0 + r * DIL_H, w0 + s * DIL_W, H, W)
-            xs = tl.load(x + corner + c + (r * DIL_H * W + s * DIL_W) * C, mask=ok, other=0.0).to(tl.float32)
-            if PROLOGUE != "":
-                xs = tl.where(ok, activate(xs * scale + shift, PROLOGUE), 0.0)
-            acc += xs * tl.load(weight + k * (R * S) + r * S + s, mask=k < K, other=0.0).to(tl.float32)
-
+    acc = elementwise(x, weight, m, k, inside, pre_gamma, pre_beta, pre_mean, pre_var, pre_eps, H, W, P, Q,
+                      C, K, R, S, C, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DIL_H, DIL_W, PROLOGUE)
     finish(acc, y, residual, m * K + k, inside, bias, gamma, beta, mean, var, eps, k, k < K, ACTIVATION)
 
 
@@ -198,25 +226,46 @@ def constants(problem: ConvProblem, tile: Tile) -> dict[str, Any]:
         "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
     }
     # The last tile computes offsets beyond the output before it masks them.
-    reach = max(p.N * p.H * p.W * p.C, (values["M"] + tile.BLOCK_M) * p.K, p.K * p.depth)
+    reach = max(p.N * p.H * p.W * p.C, (values["M"] * tile.SPLIT_K + tile.BLOCK_M) * p.K, p.K * p.depth)
     values["WIDE"] = reach > LARGEST_INDEX
-    if tile.kernel == "gemm":
-        values |= {"GROUPS": p.groups, "PRECISION": "ieee" if p.dtype == "fp32" else "tf32", "SWAP": tile.SWAP,
-                   "FLAT": flat(p), "BLOCK_K": tile.BLOCK_K}
+    if tile.kernel != "depthwise":
+        pack = tile.BLOCK_K // (p.C // p.groups) if tile.kernel == "grouped" else 1
+        values |= {"GROUPS": p.groups // pack, "PRECISION": "ieee" if p.dtype == "fp32" else "tf32",
+                   "SWAP": tile.SWAP, "FLAT": pack == 1 and flat(p), "PACK": pack, "SPLIT_K": tile.SPLIT_K,
+                   "BLOCK_K": tile.BLOCK_K}
     return values
 
 
-def bind(problem: ConvProblem, operands: ConvOperands, y: torch.Tensor, tile: Tile) -> tuple[Any, int, dict[str, Any]]:
-    """The kernel, the number of programs and the arguments of the launch that writes `y`."""
+def packed_weight(operands: ConvOperands) -> torch.Tensor:
+    """The weight in x's dtype and dense in channels_last; a copy is kept while the live weight is the same."""
     weight, dtype = operands.weight, operands.x.dtype
-    if weight.dtype != dtype or not weight.is_contiguous(memory_format=torch.channels_last):
-        weight = packed(("krsc", dtype), (weight,), lambda: operands.weight.detach().to(
-            dtype, memory_format=torch.channels_last))
-    arguments = operands._asdict() | {"weight": weight, "y": y} | constants(problem, tile)
+    if weight.dtype == dtype and weight.is_contiguous(memory_format=torch.channels_last):
+        return weight
+    return packed(("krsc", dtype), (weight,), lambda: weight.detach().to(dtype, memory_format=torch.channels_last))
+
+
+def bind(problem: ConvProblem, operands: ConvOperands, y: torch.Tensor, tile: Tile) -> tuple[Any, int, dict[str, Any]]:
+    """The kernel, the number of programs and the arguments of the launch that writes `y`, or the parts of its sums."""
+    operands = operands._replace(weight=packed_weight(operands))
+    if tile.kernel in TMA:
+        return tma.bind(problem, operands, y, tile)
+    arguments = operands._asdict() | {"y": y} | constants(problem, tile)
     del arguments["reuse"]
-    groups = problem.groups if tile.kernel == "gemm" else 1
-    programs = cdiv(arguments["M"], tile.BLOCK_M) * groups * cdiv(problem.K // groups, tile.BLOCK_N)
-    return (conv_gemm if tile.kernel == "gemm" else conv_depthwise), programs, arguments
+    pixels = arguments["M"]
+    if tile.kernel == "depthwise":
+        return conv_depthwise, cdiv(pixels, tile.BLOCK_M) * cdiv(problem.K, tile.BLOCK_N), arguments
+    parts = (tile.SPLIT_K, pixels, problem.K)
+    arguments["sums"] = torch.empty(parts, dtype=torch.float32, device=y.device) if tile.SPLIT_K > 1 else None
+    groups = arguments["GROUPS"]
+    programs = cdiv(pixels, tile.BLOCK_M) * groups * cdiv(problem.K // groups, tile.BLOCK_N) * tile.SPLIT_K
+    return conv_gemm, programs, arguments
+
+
+def bind_finish(arguments: dict[str, Any]) -> tuple[Any, int, dict[str, Any]]:
+    """The launch that follows a split reduction, from the arguments of that one."""
+    blocks = {"BLOCK_M": 16, "BLOCK_N": 64}
+    programs = cdiv(arguments["M"], blocks["BLOCK_M"]) * cdiv(arguments["K"], blocks["BLOCK_N"])
+    return finish_split, programs, {name: arguments[name] for name in finish_split.arg_names} | blocks
 
 
 def with_tile(tile: dict[str, Any]) -> Callable[[ConvProblem, ConvOperands], torch.Tensor]:
@@ -244,7 +293,12 @@ def forward(problem: ConvProblem, operands: ConvOperands, tile: Tile | None = No
         tile = pick(problem, arch)
     elif reason := legal(tile, problem, arch):
         raise ValueError(f"{tile} cannot run {problem.id} on sm_{arch}: {reason}")
+    if tile.kernel in TMA and not tma.aligned(operands):
+        tile = pick(problem, arch)
     y = torch.empty(problem.output_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if y.numel():
-        launch(*bind(problem, operands, y, tile), x.device, tile.options)
+        kernel, programs, arguments = bind(problem, operands, y, tile)
+        launch(kernel, programs, arguments, x.device, tile.options)
+        if tile.SPLIT_K > 1:
+            launch(*bind_finish(arguments), x.device, FINISH_OPTIONS)
     return y

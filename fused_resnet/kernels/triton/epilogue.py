@@ -55,3 +55,14 @@ def finish(acc, y, residual, offset, ok, bias, gamma, beta, mean, var, eps, chan
     if residual is not None:
         acc += tl.load(residual + offset, mask=ok, other=0.0).to(tl.float32)
     tl.store(y + offset, activate(acc, ACTIVATION).to(y.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def finish_block(acc, y, residual, at, bias, gamma, beta, mean, var, eps, k, K, ACTIVATION: tl.constexpr):
+    """`finish` through tensor descriptors: stores the block at coordinates `at`, whose channels start with `k`."""
+    channel = k + tl.arange(0, acc.shape[1])[None, :]
+    scale, shift = fold(bias, gamma, beta, mean, var, eps, channel, channel < K)
+    acc = acc * scale + shift
+    if residual is not None:
+        acc += residual.load(at).reshape(acc.shape).to(tl.float32)
+    y.store(at, activate(acc, ACTIVATION).to(y.dtype).reshape(y.block_shape))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # What the interpreter's launches are planned for: it has no architecture of its own.
 INTERPRETED_ARCH = 90
+INTERPRETED_MULTIPROCESSORS = 3  # fewer than tiles: persistent kernels go round their loop there, too
 
 
 @functools.cache
@@ -19,6 +21,44 @@ def arch_of(device: torch.device) -> int:
         return INTERPRETED_ARCH
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once, one on each: the grid of a persistent kernel."""
+    if device.type != "cuda":
+        return INTERPRETED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class _Address(NamedTuple):
+    """All that a launch asks of a descriptor's tensor; a cached descriptor must not keep its memory alive."""
+
+    pointer: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.pointer
+
+
+@functools.lru_cache(maxsize=4096)
+def _descriptor(pointer: int, dtype: torch.dtype, shape: tuple, strides: tuple, block: tuple) -> TensorDescriptor:
+    return TensorDescriptor(_Address(pointer, dtype), list(shape), list(strides), list(block))
+
+
+def descriptor(tensor: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...],
+               block: tuple[int, ...]) -> TensorDescriptor:
+    """A host tensor descriptor (TMA) over `tensor`'s memory, cached: PyTorch's allocator returns to its addresses.
+
+    Args:
+        tensor: starts at a multiple of 16 bytes.
+        shape: what loads and stores are clipped to; loads read zeros outside.
+        strides: in elements; multiples of 16 bytes but for the last, which is 1.
+        block: elements of one load or store, powers of two.
+    """
+    if tensor.device.type == "cpu":  # the interpreter asks for the storage
+        return TensorDescriptor(tensor, list(shape), list(strides), list(block))
+    return _descriptor(tensor.data_ptr(), tensor.dtype, shape, strides, block)
 
 
 def launch(kernel: Any, programs: int, arguments: Mapping[str, Any], device: torch.device,
