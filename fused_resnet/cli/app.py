@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 when a comparison failed; 2 for the caller's mistakes, with one sentence on stderr; 130 when interrupted.
     """
+    os.putenv("KINETO_LOG_LEVEL", "99")  # else the C++ profiler writes its stages to the terminal
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.(onnx|jit|_inductor|profiler).*")
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:

@@ -19,7 +19,7 @@ from fused_resnet.cli import console, models
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help=models.HELP)],
+    model: Annotated[str, typer.Option(help=models.HELP)] = "resnet50",
     batch: Annotated[int, typer.Option(help="images", min=1)] = 1,
     size: Annotated[int, typer.Option(help="edge of the input in pixels", min=8)] = 224,
     channels: Annotated[int, typer.Option(help="channels of the input", min=1)] = 3,

@@ -33,7 +33,7 @@ class LayerError:
 
 
 def verify(
-    model: Annotated[str, typer.Argument(help=models.HELP)],
+    model: Annotated[str, typer.Option(help=models.HELP)] = "resnet50",
     batch: Annotated[int, typer.Option(help="images", min=1)] = 2,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
     device: Annotated[str | None, typer.Option(help="cpu or cuda")] = None,

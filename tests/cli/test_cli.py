@@ -112,10 +112,10 @@ def test_bench_takes_the_users_weights_and_pictures(run, tmp_path):
     (["bench", "--budget", "long"], "--budget"),
     (["bench", "--bogus"], "--bogus"),
     (["bench", "--weights", "w.pt"], "--weights goes with one --model, got 2"),
-    (["verify", MODEL, "--weights", "/nowhere.pt"], "cannot read weights from /nowhere.pt"),
-    (["verify"], "Missing argument"),
-    (["inspect", "cifar_resnet9"], "9 is not of this form"),
-    (["inspect", "/nowhere.py:net"], "there is no file /nowhere.py"),
+    (["verify", "--model", MODEL, "--weights", "/nowhere.pt"], "cannot read weights from /nowhere.pt"),
+    (["verify", "--model", "resnet51"], "resnet51"),
+    (["inspect", "--model", "cifar_resnet9"], "9 is not of this form"),
+    (["inspect", "--model", "/nowhere.py:net"], "there is no file /nowhere.py"),
     (["train", "--data", "cifar"], "--data takes mnist or digits, got 'cifar'"),
     (["frobnicate"], "frobnicate")])
 def test_a_mistake_is_one_sentence(run, tmp_path, arguments, message):
@@ -146,7 +146,7 @@ def test_a_broken_cache_file_is_named_and_kept(run, tmp_path, monkeypatch):
     path = backends.cache().path
     path.write_text("{half")
     try:
-        code, _, err = run("inspect", MODEL, "--size", "16")
+        code, _, err = run("inspect", "--model", MODEL, "--size", "16")
         assert code == 2 and str(path) in err and len(err.strip().splitlines()) == 1
         assert path.read_text() == "{half"
         code, out, _ = run("env")
@@ -159,12 +159,12 @@ def test_a_broken_cache_file_is_named_and_kept(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "message"), [("bad", "failed: KeyError: 'x'"), ("number", "returned a int"),
                                                ("nett", "has no callable 'nett', did you mean 'net'")])
 def test_factories_that_do_not_work_are_explained(run, factory, name, message):
-    code, _, err = run("inspect", f"{factory}:{name}")
+    code, _, err = run("inspect", "--model", f"{factory}:{name}")
     assert code == 2 and message in err
 
 
 def test_inspect_says_what_fuses_and_why_not(run, factory, tmp_path):
-    code, out, err = run("inspect", f"{factory}:net", "--size", "16", "--out", tmp_path / "rows.json")
+    code, out, err = run("inspect", "--model", f"{factory}:net", "--size", "16", "--out", tmp_path / "rows.json")
     assert code == 0, err
     rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
     assert rows["0"]["status"] == "fused" and rows["0"]["launches"] == "1 conv"
@@ -176,7 +176,7 @@ def test_inspect_says_what_fuses_and_why_not(run, factory, tmp_path):
 def test_inspect_takes_every_source(run, model):
     if ":" in model:
         pytest.importorskip(model.split(":")[0])
-    code, out, err = run("inspect", model, "--size", "32", "--tree")
+    code, out, err = run("inspect", "--model", model, "--size", "32", "--tree")
     assert code == 0, err
     count = 9 if model == MODEL else 20
     assert f"{count} of {count} convolutions fused" in out and "layer1" in out
@@ -184,7 +184,7 @@ def test_inspect_takes_every_source(run, model):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_verify_prints_both_errors_and_the_worst_blocks(run, dtype):
-    code, out, err = run("verify", MODEL, "--dtype", dtype, "--worst", "2", *SMALL)
+    code, out, err = run("verify", "--model", MODEL, "--dtype", dtype, "--worst", "2", *SMALL)
     assert code == 0, err
     assert out.startswith("ok: relative rms error") and "worst 2 of 3 blocks" in out and "BasicBlock" in out
 
