@@ -69,7 +69,8 @@ def restore(t: Any) -> Any:
     if not t.is_contiguous():
         return t.contiguous()
     _, c, h, w = t.shape  # one pixel or one channel: contiguous already, but strides are visible
-    return t.as_strided(t.shape, (c * h * w, h * w, w, 1)) if t.numel() else t
+    strides = (c * h * w, h * w, w, 1)
+    return t if not t.numel() or t.stride() == strides else t.as_strided(t.shape, strides)
 
 
 def settle(t: Any) -> Any:
@@ -238,8 +239,22 @@ def _fits(own: tuple, size: int, x: torch.Tensor, norm: nn.Module) -> bool:
 def vectors(norm: nn.Module) -> tuple:
     """(gamma, beta, mean, var, eps) of a norm, as they are now."""
     buffers = norm._buffers
+    _notice_training(norm, buffers.get("num_batches_tracked"))
     affine = buffers if "weight" in buffers else norm._parameters
     return affine.get("weight"), affine.get("bias"), buffers["running_mean"], buffers["running_var"], norm.eps
+
+
+_steps: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+def _notice_training(norm: nn.Module, tracked: torch.Tensor | None) -> None:
+    """Drops what was folded before training steps: batch_norm writes its statistics without a new version."""
+    if tracked is None or tracked.is_inference():
+        return
+    version = tracked._version
+    if _steps.setdefault(norm, version) != version:
+        _steps[norm] = version
+        backends.forget((norm.running_mean, norm.running_var))  # type: ignore[arg-type]
 
 
 def stock(x: Any, conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None, residual: Any,
