@@ -71,12 +71,14 @@ class Plan:
         if reason is not None:
             self._note(reason)
             return forward(self.module, *args, **kwargs)
-        convert, kind = self._converts(args), args[0].device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        key = (kind, args[0].dtype, convert, autocast)
-        if key not in self.checked:
-            return self._check(key, args, convert)
-        return self._run(args, convert)
+        key = self.kind(args)
+        return self._run(args, key[0]) if key in self.checked else self._check(key, args)
+
+    def kind(self, args: tuple) -> tuple:
+        """What kind of call this is, first of all whether stock computes in contiguous memory: each is checked once."""
+        device = args[0].device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return self._converts(args), device, args[0].dtype, autocast
 
     def refusal(self, args: tuple, kwargs: dict) -> str | None:
         """Why the plan cannot answer this call, or None: the guards."""
@@ -142,10 +144,10 @@ class Plan:
 
         return fill_slots(self.output, give)
 
-    def _check(self, key: tuple, args: tuple, convert: bool) -> Any:
+    def _check(self, key: tuple, args: tuple) -> Any:
         """The first call of its kind: the stock forward's answer counts unless the plan agrees with it."""
         if args[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            return self._run(args, convert)
+            return self._run(args, key[0])
         given = args
         if self.keep:
             given = tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in args)
@@ -155,7 +157,7 @@ class Plan:
         after = torch.get_rng_state()
         torch.set_rng_state(chance)  # the plan draws the numbers that stock drew
         try:
-            result = self._run(args, convert, answers)
+            result = self._run(args, key[0], answers)
             problem = _difference(result, expected, args)
         except torch.OutOfMemoryError:
             return expected  # not judged; tried again at the next call
