@@ -47,15 +47,17 @@ def verify(model: nn.Module, fused: nn.Module, sample: Any) -> Verification:
     with torch.no_grad():
         exact = unfuse(copy.deepcopy(model)).double()
         wide = tuple(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
-        reference, stock, result = _flat(exact(*wide)), _flat(model(*inputs)), _flat(fused(*inputs))
-    dtype = numerics.NAMES[next(x.dtype for x in inputs if isinstance(x, torch.Tensor))]
+        # a model may work in place on its inputs
+        outputs = [m(*copy.deepcopy(given)) for m, given in ((exact, wide), (model, inputs), (fused, inputs))]
+    dtype = numerics.NAMES[_floats(outputs[1])[0].dtype]
+    reference, stock, result = (torch.cat([t.flatten().double() for t in _floats(output)]) for output in outputs)
     bound = numerics.check_network(result, stock, reference, dtype=dtype)
     return Verification(dtype, bound.error, bound.stock, bound)
 
 
-def _flat(output: Any) -> torch.Tensor:
+def _floats(output: Any) -> list[torch.Tensor]:
     leaves = [t for t in torch.utils._pytree.tree_leaves(output)
               if isinstance(t, torch.Tensor) and t.is_floating_point()]
     if not leaves:
         raise ValueError(f"the model returns no floating-point tensor but {type(output).__name__}")
-    return torch.cat([t.flatten().double() for t in leaves])
+    return leaves

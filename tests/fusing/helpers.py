@@ -55,3 +55,16 @@ def twice(stock, fused, *inputs):
     agree(stock, fused, *inputs)
     agree(stock, fused, *inputs)
     assert not any(plan.broken for plan in plans(fused).values())
+
+
+def aside(fused):
+    """The reasons for which the outermost plan stepped aside."""
+    return list(plans(fused)[""].fallbacks)
+
+
+def both(stock, fused, change):
+    """Applies one change to both models."""
+    torch.manual_seed(5)
+    change(stock)
+    torch.manual_seed(5)
+    change(fused)

@@ -216,7 +216,8 @@ class Yields(Block):
 
 REFUSALS = {
     SetsAttribute: "sets an attribute", WritesContainer: "writes into a container", Prints: "print",
-    AsksInstance: "tests types", AsksType: "tests types", Branches: "more than dataflow", BakesWeight: "more than dataflow",
+    AsksInstance: "tests types", AsksType: "tests types", Branches: "more than dataflow",
+    BakesWeight: "more than dataflow",
     BranchesOnWeights: "more than dataflow", BranchesOnShape: "more than dataflow", UsesContext: "context manager",
     IsDecorated: "context manager", HelperIsDecorated: "context manager", Catches: "handles exceptions",
     CallsHelper: "for its effect", Appends: "for its effect", TakesMany: "takes *xs", ScalesInput: "in place",
@@ -251,7 +252,8 @@ def test_a_forward_replaced_on_an_instance_is_called():
     stock[0].forward = lambda x: x + 1
     stock[1].forward = lambda x: x * 3
     fused = fr.fuse(stock)
-    assert {row.reason for row in fr.report(fused)} >= {"forward was replaced on the instance"} or fr.report(fused).fused == 0
+    assert fr.report(fused).fused == 0
+    assert fr.report(fused).rows[0].reason == "0: forward was replaced on the instance"
     equal(stock, fused, torch.randn(1, 8, 5, 5))
     assert stock[0].__dict__["forward"] is fr.unfuse(fused)[0].__dict__["forward"]
 
@@ -263,9 +265,9 @@ def test_what_stands_around_an_untraceable_module_fuses(kind):
     stock = randomize(nn.Sequential(stem, kind(), last, nn.ReLU())).eval()
     fused = fr.fuse(stock)
     assert counts(fused) == (2, 3) and len(plans(fused)) == 2
-    for calls in (1, 2):
+    for _ in range(2):
         agree(stock, fused, torch.randn(2, 3, 12, 12))
-        assert fused[1].calls == stock[1].calls and fused[1].seen == stock[1].seen, "called once a call, the first included"
+        assert fused[1].calls == stock[1].calls and fused[1].seen == stock[1].seen, "once a call, the first included"
     assert stock[1].calls in (0, 2)
 
 
@@ -301,116 +303,6 @@ def test_an_untraceable_child_that_shares_its_input_keeps_the_parent_stock():
     stock = randomize(Parent()).eval()
     fused = fr.fuse(stock)
     assert "shares a tensor with child" in fr.report(fused).rows[0].reason
-    equal(stock, fused, torch.randn(1, 8, 5, 5))
-
-
-class Chance(nn.Module):
-    """Draws in eval mode, too: Monte-Carlo dropout."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
-
-    def forward(self, x):
-        return F.dropout(F.relu(self.bn(self.conv(x))), 0.5, True)
-
-
-@torch.no_grad()
-def test_random_numbers_are_drawn_as_in_stock():
-    stock = randomize(Chance()).eval()
-    fused = fr.fuse(stock)
-    for _ in range(3):
-        torch.manual_seed(3)
-        expected, follow = stock(torch.ones(1, 8, 5, 5)), torch.rand(3)
-        torch.manual_seed(3)
-        torch.testing.assert_close(fused(torch.ones(1, 8, 5, 5)), expected)
-        assert torch.equal(torch.rand(3), follow)
-    assert counts(fused) == (1, 1) and not fr.report(fused).notes
-
-
-class Keywords(nn.Module):
-    """Calls its children by keyword, which is legal."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn, self.relu = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
-
-    def forward(self, x):
-        out = self.relu(input=self.bn(input=self.conv(input=x)))
-        return F.relu(input=self.bn(self.conv(out))) + torch.add(input=out, other=out)
-
-
-@torch.no_grad()
-def test_children_called_by_keyword():
-    stock = randomize(Keywords()).eval()
-    twice(stock, fr.fuse(stock), torch.randn(1, 8, 5, 5))
-
-
-class Outputs(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn, self.drop = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Dropout()
-
-    def forward(self, x):
-        out = F.relu(self.bn(self.conv(x)) + x)
-        return {"out": out, "list": [out, x, self.drop(x)], "shape": (out.shape[0], "text", None), "again": out,
-                "pool": F.max_pool2d(out, 2), "flat": F.max_pool2d(out, 3).flatten(2),
-                "moved": self.bn(out).permute(0, 2, 3, 1)}
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@torch.no_grad()
-def test_outputs_of_any_structure(memory_format):
-    stock = randomize(Outputs()).eval()
-    fused = fr.fuse(stock)
-    assert counts(fused) == (1, 1)
-    x = torch.randn(2, 8, 6, 6).contiguous(memory_format=memory_format)
-    twice(stock, fused, x)
-    result = fused(x)
-    assert result["list"][0] is result["out"] is result["again"]
-    assert result["list"][1] is x and result["list"][2] is x
-
-
-class Shared(nn.Module):
-    """One convolution at two places, one norm for both, weights tied to a second convolution."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn, self.tied = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
-        self.tied.weight = self.conv.weight
-        self.alias = self.conv
-
-    def forward(self, x):
-        out = F.relu(self.bn(self.conv(x)))
-        out = F.relu(self.bn(self.alias(out)))
-        return F.relu(self.bn(self.tied(out)) + out)
-
-
-@torch.no_grad()
-def test_shared_modules_and_parameters():
-    stock = randomize(Shared()).eval()
-    fused = fr.fuse(stock)
-    assert counts(fused) == (2, 2)
-    x = torch.randn(1, 8, 6, 6)
-    twice(stock, fused, x)
-    stock.conv.weight.mul_(2)
-    fused.tied.weight.mul_(2)
-    twice(stock, fused, x)
-
-
-class SharesMemory(Outputs):
-    def forward(self, x):
-        out = F.relu(self.bn(self.conv(x)))
-        return out, out.flatten(2)
-
-
-@torch.no_grad()
-def test_results_that_share_memory_stay_stocks():
-    stock = randomize(SharesMemory()).eval()
-    fused = fr.fuse(stock)
-    with pytest.warns(UserWarning, match="share memory"):
-        out, view = fused(torch.randn(1, 8, 5, 5))
-    assert view.data_ptr() == out.data_ptr() and "share memory" in fr.report(fused).notes[0]
     equal(stock, fused, torch.randn(1, 8, 5, 5))
 
 

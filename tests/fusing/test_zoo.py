@@ -185,8 +185,9 @@ def test_tutorial_blocks_fuse_and_agree(name, memory_format):
 
 @torch.no_grad()
 def test_backbone_keeps_what_it_returns():
-    stock = randomize(ResNetBackbone(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic",
-                                                  out_features=["stage1", "stage2"]))).eval()
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic",
+                          out_features=["stage1", "stage2"])
+    stock = randomize(ResNetBackbone(config)).eval()
     fused = fr.fuse(stock)
     x = torch.randn(1, 3, 32, 32)
     for a, b in zip(fused(x).feature_maps, stock(x).feature_maps, strict=True):
