@@ -219,13 +219,19 @@ def _refusal(family: str, name: str, problem: ConvProblem) -> str | None:
         return None
     if 0 in problem.output_shape or problem.C == 0:
         return "there is nothing to compute"
-    reason = available()[name] or _kernel(family, name).refuse(problem)
+    reason = available()[name] or (_kernel(family, name).refuse(problem) if _offers(name, family) else
+                                   f"it has no kernel of the family {family}")
     if reason is None and (family, name, problem.layer) in _broken:
         reason = _broken[family, name, problem.layer]
     elif reason is None and setting("SELF_CHECK", "first") == "first":
         verdict = cache().get(_verdict_key(family, name, problem))
         reason = verdict if verdict not in (None, "ok") else None
     return reason
+
+
+@functools.cache
+def _offers(name: str, family: str) -> bool:
+    return importlib.util.find_spec(f"fused_resnet.kernels.{name}.{family}") is not None
 
 
 @functools.cache

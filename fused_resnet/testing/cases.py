@@ -5,6 +5,7 @@ Problems are fp32 on the CPU; use `problem._replace(dtype=..., device=..., N=...
 
 from __future__ import annotations
 
+from fused_resnet.ops.stem import StemProblem
 from fused_resnet.problem import ACTIVATIONS, ConvProblem
 
 
@@ -41,6 +42,12 @@ RAGGED = [
     conv(16, 32, 4, n=0), conv(130, 70, 3, 1, n=1),
 ]
 CATALOGUE = TINY + RAGGED
+# Convolutions with the max-pool behind them: odd sizes, one pixel, channels from 1 to 4, every activation.
+STEMS = [StemProblem(*problem) for problem in (
+    conv(3, 16, (18, 15), 7, stride=2), conv(3, 70, 9, 7, n=3, stride=2, bias=True), conv(3, 8, (40, 11), 7, stride=2),
+    conv(4, 8, (7, 30), (5, 3), stride=(1, 2), padding=(0, 3)), conv(1, 24, 8), conv(3, 8, 1, 7, stride=2),
+    conv(2, 16, 6, 1, n=1), conv(3, 16, 12, 8, stride=(3, 4), padding=2), conv(3, 8, 9, 7, n=0, stride=2),
+    *[conv(3, 8, 9, 7, n=1, stride=2, activation=a) for a in ACTIVATIONS])]
 
 
 def resnet_layers(name: str, n: int = 1, size: int = 224) -> list[tuple[ConvProblem, int]]:

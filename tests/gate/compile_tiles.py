@@ -10,8 +10,9 @@ import sys
 
 import torch
 
-from fused_resnet.kernels.triton import conv_bn_act, tiles
+from fused_resnet.kernels.triton import conv_bn_act, stem, tiles
 from fused_resnet.numerics import DTYPES
+from fused_resnet.ops.stem import StemProblem
 from fused_resnet.problem import ConvOperands, ConvProblem
 from fused_resnet.testing import aot
 from fused_resnet.testing.cases import LAYERS, conv
@@ -89,6 +90,14 @@ def descriptors() -> list[tuple[str, int, ConvProblem, Tile]]:
     return found
 
 
+def stems() -> list[tuple[int, ConvProblem, Tile]]:
+    """(architecture, problem, tile): every shipped tile of the family `stem`, and what costs registers beside it."""
+    shapes = [conv(3, 64, 224, 7, n=64, stride=2), conv(3, 32, 64, 3, n=64, bias=True, activation="silu")]
+    problems = [StemProblem(*shape)._replace(device="cuda", dtype=dtype) for shape in shapes
+                for dtype in ("bf16", "fp16", "tf32", "fp32")]
+    return [(arch, problem, stem.pick(problem, arch)) for arch in (80, 86, 90) for problem in problems]
+
+
 def name(arch: int, problem: ConvProblem, tile: Tile) -> str:
     return f"sm_{arch}-{problem.id}-{tile}"
 
@@ -113,19 +122,24 @@ def report(arch: int, problem: ConvProblem, tile: Tile) -> dict:
     """What the compiler made of the launch that `forward` would do; of two launches, the more of each."""
     given = operands(problem)
     y = torch.empty(problem.output_shape, dtype=given.x.dtype, device="meta", memory_format=torch.channels_last)
-    kernel, _, arguments = conv_bn_act.bind(problem, given, y, tile)
-    result = aot.check(kernel, arguments, arch, tile.options)
-    found = dataclasses.asdict(result)
-    if tile.SPLIT_K > 1:
-        kernel, _, arguments = conv_bn_act.bind_finish(arguments)
-        second = aot.check(kernel, arguments, arch, conv_bn_act.FINISH_OPTIONS)
-        found |= {field: max(value, getattr(second, field)) for field, value in found.items() if field != "count"}
+    if tile.kernel == "stem":
+        second, _, image = stem.bind_pack(problem, given)
+        kernel, _, arguments = stem.bind(problem, given, image["y"], y, tile)
+        rest = [(second, image, stem.PACK_OPTIONS)]
+    else:
+        kernel, _, arguments = conv_bn_act.bind(problem, given, y, tile)
+        second, _, sums = conv_bn_act.bind_finish(arguments) if tile.SPLIT_K > 1 else (None, 0, {})
+        rest = [(second, sums, conv_bn_act.FINISH_OPTIONS)] if second else []
+    found = dataclasses.asdict(aot.check(kernel, arguments, arch, tile.options))
+    for second, arguments, options in rest:
+        other = aot.check(second, arguments, arch, options)
+        found |= {field: max(value, getattr(other, field)) for field, value in found.items() if field != "count"}
     return {"name": name(arch, problem, tile), **found}
 
 
 if __name__ == "__main__":
     share, of = map(int, sys.argv[1:])
-    for _, arch, problem, tile in cases()[share::of]:
+    for arch, problem, tile in ([case[1:] for case in cases()] + stems())[share::of]:
         try:
             row = report(arch, problem, tile)
         except Exception as error:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from fused_resnet.kernels.triton import tiles
+from fused_resnet.kernels.triton import stem, tiles
 from fused_resnet.testing import aot
 from tests.gate import compile_tiles
 
 CASES = compile_tiles.cases()
+STEMS = compile_tiles.stems()
 ROOT = Path(__file__).parents[2]
 WORKERS = 2
 
@@ -73,3 +74,20 @@ def test_shipped_tile(arch, problem, tile, reports):
         assert bool(report["from_registers"]) == through, "where wgmma reads its first operand"
     if tile.kernel != "depthwise":
         assert report["shared_bytes"] <= tile.shared(problem), "`legal` judges by an estimate that is too low"
+
+
+def test_the_stems_cover_every_shipped_tile():
+    assert {(tiles.arch_class(arch), tiles.dtype_class(problem.dtype)) for arch, problem, _ in STEMS} == set(stem.TILES)
+
+
+@pytest.mark.parametrize(("arch", "problem", "tile"), STEMS, ids=[compile_tiles.name(*case) for case in STEMS])
+def test_shipped_stem(arch, problem, tile, reports):
+    report = reports[compile_tiles.name(arch, problem, tile)]
+    assert "error" not in report, report["error"]
+    count = report["count"]
+    instruction = "" if problem.dtype == "fp32" else "HGMMA" if arch == 90 else "HMMA"
+    assert {name for name in ("HGMMA", "HMMA") if count[name]} == {instruction} - {""}, "tensor-core instructions"
+    assert count["LDL"] + count["STL"] + report["spill_bytes"] + report["stack_bytes"] == 0, "registers spilled"
+    assert count["LDGSTS"], "the image is not loaded ahead"
+    assert not report["serialized"], "ptxas serialised the wgmma pipeline"
+    assert report["shared_bytes"] <= tiles.SHARED_LIMIT[tiles.arch_class(arch)]

@@ -11,6 +11,7 @@ import torch
 
 from fused_resnet.kernels.triton import conv_bn_act
 from fused_resnet.kernels.triton.tiles import Tile
+from fused_resnet.ops.stem import StemProblem, reference_of
 from fused_resnet.testing import inputs
 from fused_resnet.testing.cases import conv
 from tests.kernels.judge import agree, guarded_run
@@ -83,11 +84,28 @@ FAULTS = {
     "NaN reaches the other groups": (GEMM, "tl.where(tl.abs(acc) < float(\"inf\"), 0, 1)) > 0", "m) < 0"),
     "silu has the wrong sign": (EPILOGUE, "tl.exp(-v)", "tl.exp(v)"),
 }
+STEM = "stem.py"
+STEM_FAULTS = {
+    "a fourth channel is read": (STEM, "(c < C)", "(c <= C)"),
+    "the eighth pixel counts": (STEM, "& (s < S)", "& (s <= S)"),
+    "the eighth row counts": (STEM, "& (r < R)", "& (r <= R)"),
+    "the pool reads beyond the first row": (STEM, "in_image(p, column, P, Q)", "in_image(p + 1, column, P + 1, Q)"),
+    "the pool is padded with zeros": (STEM, "P, Q), v, float(\"-inf\"))", "P, Q), v, 0.0)"),
+    "the shared row is forgotten": (STEM, "tl.where(ends, line,", "tl.where(ends, float(\"-inf\"),"),
+    "the row of the next window begins with the last": (STEM, "tl.where(j == 0, float(\"-inf\"), line)", "line"),
+    "a window ends a row early": (STEM, "(i % 2 == 0)\n", "(i % 2 == 1)\n"),
+    "columns of the next image count": (STEM, "image = (m // QP)", "image = (m // (QP + 1))"),
+    "rows beyond the pooled map are written": (STEM, "& (pooled < PP)", ""),
+    "activation follows before the norm": (STEM, "activate(tl.dot(xs, ws, input_precision=PRECISION) * scale + shift, ",
+                                           "scale * activate(tl.dot(xs, ws, input_precision=PRECISION) + shift, "),
+    "the image's strides are mixed up": (STEM, "row % H * stride_h + pixel % W * stride_w",
+                                         "row % H * stride_w + pixel % W * stride_h"),
+}
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 
-def kernels(folder, file=None, old="", new=""):
-    """The family's `forward` from a copy of its sources in which `old` reads `new`."""
+def kernels(folder, file=None, old="", new="", family="conv_bn_act"):
+    """A family's `forward` from a copy of its sources in which `old` reads `new`."""
     name = "broken_" + "".join(ch if ch.isalnum() else "_" for ch in folder.name)
     copy = Path(shutil.copytree(SOURCE, folder / name, ignore=shutil.ignore_patterns("__pycache__")))
     for path in copy.glob("*.py"):
@@ -98,7 +116,7 @@ def kernels(folder, file=None, old="", new=""):
         path.write_text(text.replace(PACKAGE, name))
     sys.path.insert(0, str(folder))
     try:
-        return importlib.import_module(f"{name}.conv_bn_act").forward
+        return importlib.import_module(f"{name}.{family}").forward
     finally:
         sys.path.remove(str(folder))
         for module in [m for m in sys.modules if m.split(".")[0] == name]:
@@ -132,3 +150,29 @@ def test_a_fault_is_noticed(fault, tmp_path, device):
 def test_a_fault_that_is_not_in_the_source_is_an_error(tmp_path):
     with pytest.raises(AssertionError, match="no longer reads"):
         kernels(tmp_path, GEMM, "no such line", "")
+
+
+def stem_check(forward, device):
+    for size, n in (((18, 15), 2), ((5, 9), 1)):
+        problem = StemProblem(*conv(3, 24, size, 7, n=n, stride=2, activation="silu"))._replace(device=device)
+        operands = inputs.make(problem)
+        # One behind the last row and column of a window whose neighbours in the pool do not reach it either.
+        operands.x[:, 1, 2, 2], operands.x[:, 0, 6 % size[0], 6] = float("nan"), float("inf")
+        operands.beta.sub_(3.0)
+        agree(problem, operands, guarded_run(forward, problem, operands), stem_stock)
+
+
+def stem_stock(problem, operands, dtype=torch.float32):
+    wide = {name: value.to(dtype) for name, value in operands._asdict().items() if isinstance(value, torch.Tensor)}
+    return reference_of(problem, operands._replace(**wide))
+
+
+def test_the_stem_as_it_is_passes(tmp_path, device):
+    stem_check(kernels(tmp_path, family="stem"), device)
+
+
+@pytest.mark.parametrize("fault", STEM_FAULTS)
+def test_a_fault_in_the_stem_is_noticed(fault, tmp_path, device):
+    forward = kernels(tmp_path, *STEM_FAULTS[fault], family="stem")
+    with pytest.raises(AssertionError):
+        stem_check(forward, device)
