@@ -32,9 +32,11 @@ def project(x: torch.Tensor, shortcut: nn.Module | None) -> torch.Tensor:
     if shortcut is None:
         return x
     if not state.inside or type(shortcut) is not nn.Sequential or len(shortcut) < 2 or hooked(shortcut):
+        state.finite = False  # what a foreign module answers may hold NaN
         return shortcut(x)
     *head, conv, norm = shortcut
     for module in head:
+        state.finite = False
         x = module(x)
     return run(x, conv, norm)
 

@@ -24,6 +24,30 @@ def test_values_that_are_not_finite_come_through(stock, fused, value):
     agree(stock, fused, x)
 
 
+class Normed(nn.Module):
+    """A norm in front of a convolution: its vectors are read by a launch, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.conv, self.after = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return torch.relu(self.after(self.conv(self.bn(x))))
+
+
+@pytest.mark.parametrize("vector, value", [("running_mean", float("nan")), ("running_var", -1.0),
+                                           ("weight", float("inf")), ("bias", float("nan"))])
+@torch.no_grad()
+def test_norms_in_front_that_are_not_finite_come_through(vector, value):
+    stock = randomize(Normed()).eval()
+    fused = fr.fuse(stock)
+    assert fr.report(fused).rows[0].pattern == "norm+conv+norm+act"
+    for given in (1.0, value, 1.0):
+        for model in (stock, fused):
+            getattr(model.bn, vector)[1] = given
+        twice(stock, fused, X)
+
+
 LAYOUTS = {
     "sliced": lambda x: x[:, :, ::2, ::2],
     "transposed": lambda x: x.transpose(2, 3),

@@ -272,3 +272,10 @@ def test_disabled_runs_stock(monkeypatch, launches):
         monkeypatch.undo()
         backends.reset()
     assert not launches
+
+
+@torch.no_grad()
+def test_nan_in_a_shortcut_that_is_only_called():
+    block = ours.BasicBlock(8, 16, 2, nn.Sequential(nn.Conv2d(8, 16, 1, 2))).eval()
+    block.downsample[0].weight[0] = float("nan")
+    assert block(torch.randn(1, 8, 6, 6))[:, 0].isnan().all()

@@ -50,6 +50,8 @@ def needs_finite(problem: ConvProblem) -> bool:
 
 def forward(problem: ConvProblem, o: ConvOperands) -> torch.Tensor:
     """One launch; a prologue adds a pass. Returns NotImplemented where folded weights are not finite."""
+    if problem.prologue and needs_finite(problem) and not packed(("finite", o.pre_eps), o[8:12], lambda: _steady(o)):
+        return NotImplemented
     x = o.x if not problem.prologue else _prologue(problem, o)
     pack = packed(("onednn", x.dtype, problem.stride, problem.padding, problem.dilation, o.eps), sources(o),
                   lambda: _pack(problem, o))
@@ -78,6 +80,12 @@ def _pack(problem: ConvProblem, o: ConvOperands) -> tuple | None:
             weight.contiguous(), problem.padding, problem.stride, problem.dilation, problem.groups,
             list(o.x.shape))  # one format serves every batch and image size (measured)
         return blocked, bias
+
+
+def _steady(o: ConvOperands) -> bool:
+    """Whether the prologue makes finite values of finite ones."""
+    vectors = (torch.rsqrt(o.pre_var + o.pre_eps), o.pre_mean, o.pre_gamma, o.pre_beta)
+    return all(bool(torch.isfinite(v).all()) for v in vectors if v is not None)
 
 
 def _prologue(problem: ConvProblem, o: ConvOperands) -> torch.Tensor:
