@@ -97,7 +97,7 @@ NETS = {
     "frozen": (lambda: tv.resnet50(norm_layer=FrozenBatchNorm2d), 53, 53, 48),
     "group_norm": (lambda: tv.resnet18(norm_layer=lambda c: nn.GroupNorm(4, c)), 0, 20, 32),
     "zero_init": (lambda: tv.resnet18(zero_init_residual=True), 20, 20, 32),
-    "faster_rcnn_body": (faster_rcnn_body, 19, 20, 64), "fcn": (fcn_body, 54, 55, 48),
+    "faster_rcnn_body": (faster_rcnn_body, 19, 20, 64), "fcn": (fcn_body, 53, 55, 48),
     "hf_basic": (lambda: huggingface(2, "basic"), 8, 8, 48),
     "hf_bottleneck": (lambda: huggingface(2, "bottleneck"), 11, 11, 48),
     "hf_downsample_in_bottleneck": (lambda: huggingface(2, "bottleneck", downsample_in_bottleneck=True), 11, 11, 48),
