@@ -313,15 +313,20 @@ def candidates(problem: ConvProblem, arch: int) -> list[Tile]:
     else:
         for m, n, depth, swap in itertools.product((64, 128, 256), (32, 64, 128, 256), {k, min(k, 32)}, (False, True)):
             warps = 8 if m * n > 128 * 128 else 4
-            if n < 2 * problem.K and m * n >= 4096 and (not swap or n == 64):
+            if n < 2 * problem.K // problem.groups and m * n >= 4096 and (not swap or n == 64):
                 grid.append(Tile("gemm", m, n, depth, warps, 4, SWAP=swap))
-        for kernel, m, n in itertools.product(TMA, (64, 128, 256), (64, 128, 256)):
+        kernel = "gemm1x1" if legal(Tile("gemm1x1", 64, 64, k), problem, arch) is None else "box"
+        for m, n in ((64, 64), (128, 64), (256, 64), (128, 128), (128, 256), (256, 128)):
             if n < 2 * problem.K:
                 grid += [Tile(kernel, m, n, k, 8 if m * n >= 128 * 128 else 4, stages) for stages in (3, 4)]
         if bucket(problem, arch) == "few":
             grid += [replace(base, SPLIT_K=parts) for parts in (1, 2, 4, 8, 16)]
+        if problem.groups > 1:
+            grid += [replace(row("grouped", arch, problem.dtype, "grouped"), BLOCK_M=m) for m in (64, 128)]
         if base.kernel == "grouped":
+            narrow = "thin" if problem.K // problem.groups <= 16 else "slim"
             grid += [replace(base, BLOCK_M=m, num_warps=warps) for m in (64, 128, 256) for warps in (4, 8)]
+            grid.append(row("gemm", arch, problem.dtype, narrow))
         grid += [replace(base, num_stages=stages) for stages in (2, 3, 5)] + [replace(base, num_warps=8)]
     same = {tuple(asdict(replace(tile, label="")).values()): tile for tile in [*grid, base]}
     rest = [tile for tile in same.values() if tile != base and legal(tile, problem, arch) is None]
