@@ -103,18 +103,18 @@ class Plan:
     def _mixed(self, args: tuple) -> str | None:
         """Why it cannot be said which layout stock would compute in, or None."""
         images = {executor.suggests_channels_last(x) for x in args if x.dim() == 4}
-        if len(images) > 1 or images == {False} and len({
-                executor.suggests_channels_last(w) for w in self._weights() if w.numel() != w.shape[0]}) > 1:
+        if len(images) > 1 or images == {False} and len(self._layouts()) > 1:
             return "inputs or weights are in different memory formats"
         return None
 
-    def _weights(self) -> Iterator[torch.Tensor]:
-        return (conv.weight for conv in self.convs)
+    def _layouts(self) -> set[bool]:
+        """Whether weights are in channels_last; one value a filter says nothing."""
+        weights = (conv._parameters.get("weight") for conv in self.convs)
+        return {executor.suggests_channels_last(w) for w in weights if w is not None and w.numel() != w.shape[0]}
 
     def _converts(self, args: tuple) -> bool:
         """Whether stock would compute in contiguous memory here, so that results must be put back into it."""
-        return (not any(executor.suggests_channels_last(x) for x in args)
-                and not any(executor.suggests_channels_last(w) for w in self._weights()))
+        return not any(executor.suggests_channels_last(x) for x in args) and True not in self._layouts()
 
     def _run(self, args: tuple, convert: bool, answers: dict[int, list] | None = None) -> Any:
         inner = args
