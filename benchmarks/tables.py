@@ -48,16 +48,20 @@ def _machine(path: Path, data: Results) -> Iterable[str]:
 
 
 def _table(rows: Iterable[Row]) -> str:
-    lines = ["| " + " | ".join(HEAD) + " |", "|---" + "|---:" * (len(HEAD) - 1) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(_cells(row)) + " |" for row in rows])
+    """One line a row; columns that nobody fills are left out."""
+    columns = [c for c in zip(HEAD, *map(_cells, rows), strict=True) if any(c[1:])]
+    head, *cells = zip(*columns, strict=True)
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(line) + " |" for line in cells])
 
 
 def _cells(row: Row) -> list[str]:
     name = f"**{row.provider}**" if row.provider.startswith("fused") else row.provider
     if row.status != "ok":
         return [name, row.status, *[""] * (len(HEAD) - 2)]
+    peak = row.peak_mem_mb if row.device == "cuda" else None  # on a CPU the growth of the process says little
     return [name, _number(row.ms_p50, ".1f"), _number(row.images_per_s, ".1f"), _number(row.vs_stock, ".2f", "x"),
-            _number(row.rel_error, ".1e"), _number(row.launches, "d"), _number(row.peak_mem_mb, ".0f")]
+            _number(row.rel_error, ".1e"), _number(row.launches, "d"), _number(peak, ".0f")]
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

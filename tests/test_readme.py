@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,22 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_results_are_those_of_the_json():
-    fresh = tables.renewed(README, tables.section(tables.files()))
-    assert fresh == README, "run: python -m benchmarks.tables"
+def recorded(folder):
+    """The results files as git has them: a benchmark run on this machine may have written over them since."""
+    def git(*command):
+        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout
+
+    for name in git("ls-files", "benchmarks/results/*/*.json").split():
+        target = folder.joinpath(*Path(name).parts[-2:])
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(git("show", f":{name}"))
+    return folder
+
+
+def test_the_results_are_those_of_the_json(tmp_path):
+    fresh = {tables.renewed(README, tables.section(tables.files(folder)))
+             for folder in (tables.FOLDER, recorded(tmp_path))}
+    assert README in fresh, "run: python -m benchmarks.tables"
 
 
 def test_links_lead_somewhere():
@@ -58,13 +72,13 @@ def file(tmp_path):
 
 def test_a_table_quotes_the_speed_up_of_the_file(file):
     text = tables.section([file(row(vs_stock=1.0), row(provider="fused", ms_p50=80.0, vs_stock=1.25, launches=56))])
-    assert "| **fused** | 80.0 |  | 1.25x |  | 56 |  |" in text
+    assert "| **fused** | 80.0 | 1.25x | 56 |" in text
     assert "Chip, 2 threads" in text and "CUDA GPUs: not measured yet." in text
 
 
 def test_what_is_wrong_is_shown_without_a_time(file):
     text = tables.section([file(row(provider="peer", status="wrong", ms_p50=None))])
-    assert "| peer | wrong |  |  |  |  |  |" in text
+    assert "| peer | wrong |" in text
 
 
 def test_missing_marks_are_an_error():
