@@ -93,6 +93,8 @@ def available() -> dict[str, str | None]:
     """Backend name -> None, or the reason why it cannot run anything on this machine."""
     gpu = None if torch.cuda.is_available() else "no CUDA device is visible to PyTorch"
     triton = gpu
+    if gpu is None and torch.cuda.get_device_capability() < (8, 0):
+        triton = "the Triton kernels need a GPU of compute capability 8.0 or newer"
     if interpreting():
         triton = None
     if importlib.util.find_spec("triton") is None:
