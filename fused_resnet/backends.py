@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from fused_resnet import numerics
-from fused_resnet.problem import ConvOperands, ConvProblem
+from fused_resnet.problem import ConvProblem
 from fused_resnet.tuning import Cache
 
 NAMES = ("triton", "cudnn", "cpu", "reference")
@@ -302,5 +302,5 @@ def _widen(operands: Any) -> Any:
     return type(operands)(*[v.double() if isinstance(v, torch.Tensor) else v for v in operands])
 
 
-__all__ = ["NAMES", "Choice", "ConvOperands", "all_finite", "available", "cache", "choose", "device_name", "enabled",
-           "explain", "interpreting", "register", "reset", "run", "setting", "use"]
+__all__ = ["NAMES", "Choice", "all_finite", "available", "cache", "choose", "device_name", "enabled", "explain",
+           "forget", "interpreting", "last", "register", "reset", "run", "setting", "use"]

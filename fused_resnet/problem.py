@@ -8,7 +8,6 @@ same fields costs 1.6 us.
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, NamedTuple
 
 ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hardswish")
@@ -100,11 +99,6 @@ class ConvProblem(NamedTuple):
         parts.append(f"pre_{self.prologue}" if self.prologue else "")
         parts += [self.dtype, self.device]
         return "-".join(part for part in parts if part)
-
-    @property
-    def digest(self) -> str:
-        """Eight hex digits of the id, for file names."""
-        return hashlib.sha256(self.id.encode()).hexdigest()[:8]
 
 
 class ConvOperands(NamedTuple):

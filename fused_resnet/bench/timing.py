@@ -1,10 +1,9 @@
 """Times callables against each other, so that their ratio means something on a machine that drifts.
 
 One round runs every provider once, in random order; ratios are paired within a round and their
-median is reported. On a CPU a 50 ms pause lets the thread pools of other providers stop spinning (a
-spinning neighbour was measured to cost 40 %) and one untimed call refills the caches, then one call
-is timed. On CUDA, events bracket the call. Each call takes the next batch of a pool that exceeds the
-last-level cache.
+median is reported. On a CPU a 50 ms pause lets the thread pools of other providers stop spinning and
+one untimed call refills the caches, then one call is timed. On CUDA, events bracket the call. Each
+call takes the next batch of a pool that exceeds the last-level cache.
 """
 
 from __future__ import annotations
