@@ -11,6 +11,7 @@ import sys
 import torch
 
 from fused_resnet.kernels.triton import conv_bn_act, stem, tiles
+from fused_resnet.kernels.triton.legal import Tile, legal
 from fused_resnet.numerics import DTYPES
 from fused_resnet.ops.stem import StemProblem
 from fused_resnet.problem import ConvOperands, ConvProblem
@@ -18,7 +19,6 @@ from fused_resnet.testing import aot
 from fused_resnet.testing.cases import LAYERS, conv
 
 ARCHS = (80, 90)
-Tile = tiles.Tile
 # Problems that reach each row of the table: the plain one, and what costs registers beside it.
 REPRESENTATIVE = {
     "grouped": [conv(128, 128, 56, n=32, groups=32), conv(256, 256, 56, n=32, groups=32, stride=2),
@@ -85,7 +85,7 @@ def descriptors() -> list[tuple[str, int, ConvProblem, Tile]]:
         tile = tile if dtype == "bf16" else dataclasses.replace(tile, BLOCK_K=32)
         for problem in problems:
             problem = problem._replace(device="cuda", dtype=dtype)
-            if tiles.legal(tile, problem, 90) is None:
+            if legal(tile, problem, 90) is None:
                 found.append((tile.kernel, 90, problem, tile))
     return found
 

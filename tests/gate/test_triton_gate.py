@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fused_resnet.kernels.triton import stem, tiles
+from fused_resnet.kernels.triton import legal, stem, tiles
 from fused_resnet.testing import aot
 from tests.gate import compile_tiles
 
@@ -40,11 +40,11 @@ def reports(tmp_path_factory):
 
 def test_the_cases_cover_every_row_of_the_table():
     for bucket, arch, problem, tile in CASES:
-        if tile.kernel not in tiles.TMA:
+        if tile.kernel not in legal.TMA:
             assert tiles.bucket(problem, arch) == bucket, f"{problem.id} is no longer {bucket} on sm_{arch}"
-    covered = {(arch, tiles.dtype_class(problem.dtype), bucket) for bucket, arch, problem, _ in CASES}
+    covered = {(arch, legal.dtype_class(problem.dtype), bucket) for bucket, arch, problem, _ in CASES}
     assert {(arch, dtype, bucket) for _, arch, dtype, bucket in tiles.SHIPPED} <= covered
-    assert {tile.kernel for *_, tile in CASES} == {"gemm", "grouped", "depthwise", *tiles.TMA}
+    assert {tile.kernel for *_, tile in CASES} == {"gemm", "grouped", "depthwise", *legal.TMA}
     assert any(tile.SPLIT_K > 1 for *_, tile in CASES)
 
 
@@ -65,9 +65,9 @@ def test_shipped_tile(arch, problem, tile, reports):
     assert not report["serialized"], "ptxas serialised the wgmma pipeline"
     # What serves sm_80 serves the chips with less shared memory too, wherever `legal` says so.
     for other in {arch} | ({86, 89} if arch == 80 else set()):
-        if tiles.legal(tile, problem, other) is None:
-            assert report["shared_bytes"] <= tiles.SHARED_LIMIT[tiles.arch_class(other)]
-    assert bool(count["UTMALDG"]) == (tile.kernel in tiles.TMA), "loads through tensor descriptors"
+        if legal.legal(tile, problem, other) is None:
+            assert report["shared_bytes"] <= legal.SHARED_LIMIT[legal.arch_class(other)]
+    assert bool(count["UTMALDG"]) == (tile.kernel in legal.TMA), "loads through tensor descriptors"
     # A box is reshaped on its way to the product and goes through registers, as does what a prologue changes.
     if count["HGMMA"]:
         through = tile.kernel == "box" or bool(problem.prologue)
@@ -77,7 +77,7 @@ def test_shipped_tile(arch, problem, tile, reports):
 
 
 def test_the_stems_cover_every_shipped_tile():
-    assert {(tiles.arch_class(arch), tiles.dtype_class(problem.dtype)) for arch, problem, _ in STEMS} == set(stem.TILES)
+    assert {(legal.arch_class(arch), legal.dtype_class(problem.dtype)) for arch, problem, _ in STEMS} == set(stem.TILES)
 
 
 @pytest.mark.parametrize(("arch", "problem", "tile"), STEMS, ids=[compile_tiles.name(*case) for case in STEMS])
@@ -90,4 +90,4 @@ def test_shipped_stem(arch, problem, tile, reports):
     assert count["LDL"] + count["STL"] + report["spill_bytes"] + report["stack_bytes"] == 0, "registers spilled"
     assert count["LDGSTS"], "the image is not loaded ahead"
     assert not report["serialized"], "ptxas serialised the wgmma pipeline"
-    assert report["shared_bytes"] <= tiles.SHARED_LIMIT[tiles.arch_class(arch)]
+    assert report["shared_bytes"] <= legal.SHARED_LIMIT[legal.arch_class(arch)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fused_resnet.kernels.triton import conv_bn_act
-from fused_resnet.kernels.triton.tiles import Tile
+from fused_resnet.kernels.triton.legal import Tile
 from fused_resnet.ops.stem import StemProblem, reference_of
 from fused_resnet.testing import inputs
 from fused_resnet.testing.cases import conv

@@ -8,8 +8,8 @@ import torch
 
 from fused_resnet.kernels.triton import conv_bn_act as family
 from fused_resnet.kernels.triton import conv_bn_act_tma as tma
-from fused_resnet.kernels.triton import launch, tiles
-from fused_resnet.kernels.triton.tiles import Tile
+from fused_resnet.kernels.triton import launch
+from fused_resnet.kernels.triton.legal import TMA, Tile, legal
 from fused_resnet.testing import inputs
 from fused_resnet.testing.cases import CATALOGUE, conv
 from tests.kernels.judge import agree, guarded_run
@@ -45,7 +45,7 @@ def legal_pairs():
         pairs = [*itertools.product(MORE[kind], shapes), *itertools.product(CATALOGUE, shapes[:1])]
         for (problem, tile), dtype in itertools.product(pairs, DTYPES):
             problem = problem._replace(dtype=dtype, device=DEVICE)
-            if tiles.legal(tile, problem, ARCH) is None:
+            if legal(tile, problem, ARCH) is None:
                 yield problem, tile
 
 
@@ -102,7 +102,7 @@ def test_long_offsets_give_the_same_bits(kind, monkeypatch):
     family.constants.cache_clear()
 
 
-@pytest.mark.parametrize("kind", tiles.TMA)
+@pytest.mark.parametrize("kind", TMA)
 def test_a_tensor_that_no_descriptor_can_stand_for_takes_the_shipped_tile(kind, monkeypatch):
     problem, tile = MORE[kind][0]._replace(device=DEVICE, dtype=DTYPES[0]), KINDS[kind][0]
     operands = inputs.make(problem)

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 
-from fused_resnet.kernels.triton import tiles
+from fused_resnet.kernels.triton import legal, tiles
 from fused_resnet.testing.cases import CATALOGUE, LAYERS, conv
 
 ARCHS = (80, 86, 87, 89, 90, 100, 120)
 NETWORK_LAYERS = [problem._replace(N=n) for layers in LAYERS.values() for problem, _ in layers for n in (1, 64)]
 TMA = {"kernel": "box", "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
-LEGAL = tiles.Tile("gemm", 64, 64, 32)
+LEGAL = legal.Tile("gemm", 64, 64, 32)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "tf32", "fp16", "bf16"])
@@ -18,7 +18,7 @@ LEGAL = tiles.Tile("gemm", 64, 64, 32)
 def test_every_problem_gets_a_legal_tile(arch, dtype):
     for problem in CATALOGUE + NETWORK_LAYERS:
         problem = problem._replace(dtype=dtype, device="cuda")
-        assert tiles.legal(tiles.pick(problem, arch), problem, arch) is None
+        assert legal.legal(tiles.pick(problem, arch), problem, arch) is None
 
 
 def test_every_row_can_be_reached_by_its_own_bucket():
@@ -51,7 +51,7 @@ def test_windows_keep_four_warps_on_hopper():
     ({"kernel": "grouped"}, {"groups": 8}, 90, "BLOCK_N=64 is not"),
     ({"kernel": "grouped", "BLOCK_N": 32}, {"groups": 8}, 90, None)])
 def test_reasons(change, problem, arch, reason):
-    found = tiles.legal(dataclasses.replace(LEGAL, **change), conv(64, 64, 8)._replace(**problem), arch)
+    found = legal.legal(dataclasses.replace(LEGAL, **change), conv(64, 64, 8)._replace(**problem), arch)
     assert found is None if reason is None else reason in found
 
 
@@ -65,7 +65,7 @@ def test_the_reduction_is_trimmed_to_the_channels(channels, block):
     (conv(64, 64, 56, n=64), (2, 8, 8)), (conv(64, 64, 28, n=64), (8, 4, 4)), (conv(64, 64, 14, n=64), (32, 2, 2)),
     (conv(64, 64, 7, n=256), (128, 1, 1)), (conv(64, 64, (1, 300), n=1), (1, 1, 128))], ids=lambda v: str(v)[:60])
 def test_a_box_wastes_no_pixels_where_it_need_not(problem, box):
-    assert tiles.box(problem, 128) == box
+    assert legal.box(problem, 128) == box
 
 
 @pytest.mark.parametrize(("channels", "groups", "block"), [(128, 32, 64), (256, 32, 64), (512, 32, 64), (1024, 32, 0),
@@ -90,6 +90,6 @@ def test_candidates_are_legal_distinct_and_begin_with_the_shipped_tile(arch):
         found = tiles.candidates(problem, arch)
         assert found[0] == tiles.pick(problem, arch)
         assert len(set(found)) == len(found)
-        assert not any(tiles.legal(tile, problem, arch) for tile in found)
+        assert not any(legal.legal(tile, problem, arch) for tile in found)
         kernels |= {tile.kernel for tile in found}
-    assert kernels == {"gemm", "grouped", "depthwise", *(tiles.TMA if arch == 90 else ())}
+    assert kernels == {"gemm", "grouped", "depthwise", *(legal.TMA if arch == 90 else ())}

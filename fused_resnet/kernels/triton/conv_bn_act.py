@@ -22,9 +22,11 @@ import triton.language as tl
 
 from fused_resnet.kernels.packing import packed
 from fused_resnet.kernels.triton import conv_bn_act_tma as tma
+from fused_resnet.kernels.triton import tiles
 from fused_resnet.kernels.triton.epilogue import activate, finish, fold
 from fused_resnet.kernels.triton.launch import arch_of, launch
-from fused_resnet.kernels.triton.tiles import TMA, Tile, cdiv, flat, legal, pick
+from fused_resnet.kernels.triton.legal import TMA, Tile, cdiv, flat, legal
+from fused_resnet.kernels.triton.tiles import pick
 from fused_resnet.kernels.triton.window import advance, elementwise, in_image, locate
 from fused_resnet.problem import ACTIVATIONS, ConvOperands, ConvProblem
 
@@ -266,6 +268,15 @@ def bind_finish(arguments: dict[str, Any]) -> tuple[Any, int, dict[str, Any]]:
     blocks = {"BLOCK_M": 16, "BLOCK_N": 64}
     programs = cdiv(arguments["M"], blocks["BLOCK_M"]) * cdiv(arguments["K"], blocks["BLOCK_N"])
     return finish_split, programs, {name: arguments[name] for name in finish_split.arg_names} | blocks
+
+
+def candidates(problem: ConvProblem, arch: int | None = None) -> list[Tile]:
+    """The tiles worth measuring for `problem`, the shipped one first; `arch` is this machine's by default.
+
+    Raises:
+        ValueError: no tile can run there.
+    """
+    return tiles.candidates(problem, arch or arch_of(torch.device(problem.device)))
 
 
 def with_tile(tile: dict[str, Any]) -> Callable[[ConvProblem, ConvOperands], torch.Tensor]:

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from fused_resnet.kernels.triton.epilogue import finish_block
 from fused_resnet.kernels.triton.launch import descriptor, multiprocessors
-from fused_resnet.kernels.triton.tiles import Tile, box, cdiv
+from fused_resnet.kernels.triton.legal import Tile, box, cdiv
 from fused_resnet.kernels.triton.window import advance
 from fused_resnet.problem import ConvOperands, ConvProblem
 

@@ -10,6 +10,7 @@ computed once; the columns which they share are computed twice: 1.5 times the pr
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ import triton.language as tl
 from fused_resnet.kernels.packing import packed
 from fused_resnet.kernels.triton.epilogue import activate, fold
 from fused_resnet.kernels.triton.launch import arch_of, launch, multiprocessors
-from fused_resnet.kernels.triton.tiles import Tile, arch_class, cdiv, dtype_class, power_of_two
+from fused_resnet.kernels.triton.legal import Tile, arch_class, cdiv, dtype_class, power_of_two
 from fused_resnet.kernels.triton.window import in_image
 from fused_resnet.problem import ACTIVATIONS, ConvOperands, ConvProblem
 
@@ -135,6 +136,16 @@ def pick(problem: ConvProblem, arch: int) -> Tile:
     return TILES[arch_class(arch), dtype_class(problem.dtype)]
 
 
+def candidates(problem: ConvProblem, arch: int | None = None) -> list[Tile]:
+    """The tiles worth measuring for `problem`, the shipped one first; `arch` is this machine's by default."""
+    return [pick(problem, arch or arch_of(torch.device(problem.device)))]
+
+
+def with_tile(tile: dict[str, Any]) -> Callable[[ConvProblem, ConvOperands], torch.Tensor]:
+    """`forward` with the tile of a tuned row."""
+    return functools.partial(forward, tile=Tile(**tile))
+
+
 def _packed_weight(problem: ConvProblem, operands: ConvOperands) -> torch.Tensor:
     """[K, rows * pixels * CHANNELS] in x's dtype, kept while the live weight is the same."""
     weight, dtype, (rows, pixels) = operands.weight, operands.x.dtype, window(problem)
@@ -184,12 +195,13 @@ def bind(problem: ConvProblem, operands: ConvOperands, image: torch.Tensor, y: t
         "mean": o.mean, "var": o.var, "eps": o.eps}
 
 
-def forward(problem: ConvProblem, operands: ConvOperands) -> torch.Tensor:
+def forward(problem: ConvProblem, operands: ConvOperands, tile: Tile | None = None) -> torch.Tensor:
     """Packs the image in one launch and computes all the rest in another.
 
     Args:
         problem: what is computed, `output_shape` being the pooled one; `refuse(problem)` must be None.
         operands: x in any strides.
+        tile: a tuned tile; by default the shipped heuristic's.
 
     Returns:
         The pooled map in x's dtype, channels_last, newly allocated.
@@ -197,7 +209,7 @@ def forward(problem: ConvProblem, operands: ConvOperands) -> torch.Tensor:
     x = operands.x
     y = torch.empty(problem.output_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if y.numel():
-        tile = pick(problem, arch_of(x.device))
+        tile = tile or pick(problem, arch_of(x.device))
         kernel, programs, arguments = bind_pack(problem, operands)
         launch(kernel, programs, arguments, x.device, PACK_OPTIONS)
         launch(*bind(problem, operands, arguments["y"], y, tile), x.device, tile.options)

@@ -1,4 +1,4 @@
-"""Tile shapes: the shipped table, the one judgement of what can run and the one choice.
+"""Tile shapes: the shipped table and the one choice.
 
 Rows are heuristic: the compiler's figures (registers, shared memory, instructions) were checked for
 every one of them, the speed of none was measured on a GPU. A tuned row replaces them per problem.
@@ -8,88 +8,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
-from fused_resnet.problem import ELEMENT_BYTES, ConvProblem
+from fused_resnet.kernels.triton.legal import Tile, arch_class, cdiv, dtype_class, flat, legal, power_of_two
+from fused_resnet.problem import ConvProblem
 
-# Dynamic shared memory that one program may hold, per class of architectures.
-SHARED_LIMIT = {80: 166912, 86: 101376, 90: 232448}
-# Kernels that reach memory through tensor descriptors.
-TMA = ("gemm1x1", "box")
 # Programs that fill the smallest chip of a class once: its multiprocessors.
 FILL = {80: 108, 86: 84, 90: 132}
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What one program computes, and how.
-
-    BLOCK_M output pixels x BLOCK_N output channels, reduced BLOCK_K elements at a time. SWAP makes the
-    channels the rows of the matrix product. SPLIT_K programs share the reduction of one tile.
-
-    kernel: "gemm"; "grouped", the same with several groups in one product; "depthwise" (BLOCK_K unused);
-    "gemm1x1" and "box", which load through tensor descriptors (Hopper).
-    """
-
-    kernel: str
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int = 16
-    num_warps: int = 4
-    num_stages: int = 3
-    SWAP: bool = False
-    SPLIT_K: int = 1
-    label: str = "heuristic"
-
-    def __str__(self) -> str:
-        sizes = f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K}-w{self.num_warps}s{self.num_stages}"
-        split = f"-split{self.SPLIT_K}" if self.SPLIT_K > 1 else ""
-        return f"{self.kernel}-{sizes}{'-swap' if self.SWAP else ''}{split}"
-
-    @property
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
-    def shared(self, problem: ConvProblem) -> int:
-        """Bytes of shared memory that the pipelined loads take; the gate compares the compiler's own figure."""
-        if self.kernel == "depthwise":
-            return 0
-        element = ELEMENT_BYTES[problem.dtype]
-        step = (self.BLOCK_M + self.BLOCK_N) * element + 16 * bool(problem.prologue)
-        if self.kernel in TMA:
-            # The output leaves from shared memory; of a tile with one step the loads, the residual's too, overlap
-            # with the tile before. Barriers and alignment take less than 1 KiB.
-            blocks = 1 + (problem.residual and self.steps(problem) == 1)
-            return step * self.BLOCK_K * self.num_stages + blocks * self.BLOCK_M * self.BLOCK_N * element + 1024
-        return step * self.BLOCK_K * self.num_stages
-
-    def steps(self, problem: ConvProblem) -> int:
-        """Products of BLOCK_K elements that one tile sums up."""
-        if flat(problem):
-            return cdiv(problem.depth, self.BLOCK_K)
-        return problem.R * problem.S * cdiv(problem.C // problem.groups, self.BLOCK_K)
-
-    def instruction(self, dtype: str, arch: int) -> str:
-        """The tensor-core instruction that its machine code must hold: "HGMMA", "HMMA", or "" for none."""
-        if self.kernel == "depthwise" or dtype == "fp32":
-            return ""
-        return "HGMMA" if arch == 90 else "HMMA"
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is not below `n`."""
-    return 1 << (n - 1).bit_length()
-
-
-def arch_class(arch: int) -> int:
-    """The architecture whose rows serve `arch`: by its tensor-core instruction and its shared memory."""
-    if arch == 90:
-        return 90
-    return 86 if arch in (86, 89, 120, 121) else 80
 
 
 def _gemm(*sizes: int, swap: bool = False) -> Tile:
@@ -130,96 +55,10 @@ _ROWS: dict[tuple[str, int, str], dict[str, Tile]] = {
 SHIPPED = {(*key, bucket): tile for key, row in _ROWS.items() for bucket, tile in row.items()}
 
 
-def dtype_class(dtype: str) -> str:
-    return "half" if dtype in ("fp16", "bf16") else dtype
-
-
 def row(kernel: str, arch: int, dtype: str, bucket: str) -> Tile:
     """The shipped row of the class, else that of sm_80, which every later architecture can run."""
     key = (dtype_class(dtype), bucket)
     return SHIPPED.get((kernel, arch_class(arch), *key)) or SHIPPED[(kernel, 80, *key)]
-
-
-def legal(tile: Tile, problem: ConvProblem, arch: int) -> str | None:
-    """Why `tile` cannot compute `problem` on `arch`, or None."""
-    if arch < 80:
-        return f"sm_{arch} is older than sm_80"
-    if tile.kernel not in ("gemm", "grouped", "depthwise", *TMA):
-        return f"there is no kernel {tile.kernel!r}"
-    if tile.kernel == "depthwise" and not problem.depthwise:
-        return "the depthwise kernel needs one input channel a group"
-    for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"):
-        size = getattr(tile, name)
-        if size < 1 or size & (size - 1) or (name.startswith("BLOCK") and size < 16):
-            return f"{name}={size} is no power of two" + (" from 16 on" if name.startswith("BLOCK") else "")
-    sums = tile.BLOCK_M * tile.BLOCK_N // (32 * tile.num_warps)
-    if sums > 128:
-        return f"{sums} sums in the registers of one thread, more than 128"
-    if tile.SPLIT_K != 1 and (tile.kernel != "gemm" or not 1 <= tile.SPLIT_K <= tile.steps(problem)):
-        return f"SPLIT_K={tile.SPLIT_K} of {tile.steps(problem)} steps: only the gemm kernel shares its steps out"
-    if tile.SWAP and problem.prologue:
-        return "a prologue needs the pixels as the first operand, which wgmma can read from registers"
-    if tile.instruction(problem.dtype, arch) == "HGMMA":
-        rows = tile.BLOCK_N if tile.SWAP else tile.BLOCK_M
-        if rows < 64 or tile.num_warps % 4:
-            return f"wgmma needs 64 rows and 4 warps, not {rows} and {tile.num_warps}"
-    limit, shared = SHARED_LIMIT[arch_class(arch)], tile.shared(problem)
-    if shared > limit:
-        return f"{shared} bytes of shared memory; sm_{arch} has {limit}"
-    if tile.kernel == "grouped":
-        return _legal_grouped(tile, problem)
-    return _legal_tma(tile, problem, arch) if tile.kernel in TMA else None
-
-
-def _legal_grouped(tile: Tile, problem: ConvProblem) -> str | None:
-    cg, kg = problem.C // problem.groups, problem.K // problem.groups
-    pack = tile.BLOCK_K // cg
-    if pack < 2 or cg & (cg - 1) or kg & (kg - 1):
-        return f"{cg} -> {kg} channels a group are not powers of two that fit BLOCK_K={tile.BLOCK_K} twice"
-    if problem.groups % pack or tile.BLOCK_N != pack * kg:
-        return f"BLOCK_N={tile.BLOCK_N} is not the {kg} channels of each of {pack} out of {problem.groups} groups"
-    return None
-
-
-def _legal_tma(tile: Tile, problem: ConvProblem, arch: int) -> str | None:
-    p = problem
-    if arch_class(arch) != 90:
-        return f"tensor descriptors are used on sm_90, not on sm_{arch}"
-    if p.dtype == "fp32" and p.device == "cuda":
-        return "fp32 without tensor cores spills registers here"
-    if p.residual and tile.BLOCK_M * tile.BLOCK_N > 128 * 128:
-        return f"{tile.BLOCK_M} x {tile.BLOCK_N} sums and a residual's block spill registers"
-    if p.groups > 1 or p.prologue or tile.SWAP:
-        return "the kernels with tensor descriptors have no groups, no prologue and no SWAP"
-    if (p.C * ELEMENT_BYTES[p.dtype]) % 16 or (p.K * ELEMENT_BYTES[p.dtype]) % 16:
-        return f"{p.C} -> {p.K} channels of {p.dtype} are not multiples of 16 bytes"
-    if tile.kernel == "gemm1x1":
-        single = p.R * p.S == 1 and p.stride == (1, 1) and p.padding == (0, 0)
-        return None if single else "gemm1x1 needs one tap, stride 1 and no padding"
-    if p.C % tile.BLOCK_K:
-        return f"BLOCK_K={tile.BLOCK_K} does not divide {p.C} channels: a box would reach into the next tap"
-    for size, taps, stride, pad in zip((p.H, p.W), (p.R, p.S), p.stride, p.padding, strict=True):
-        if size % stride and (taps > 1 or pad):
-            return f"stride {stride} does not divide {size}: rows or columns of a view would be of another line"
-    return None
-
-
-@functools.lru_cache(maxsize=4096)
-def box(problem: ConvProblem, pixels: int) -> tuple[int, int, int]:
-    """Images, rows and columns of a box of `pixels` (a power of two) that covers the output with fewest boxes.
-
-    Among equals the one that reads least: the windows of neighbouring pixels overlap, those of two images do not.
-    """
-    sizes = [1 << i for i in range(pixels.bit_length())]
-    shapes = [(pixels // (th * tw), th, tw) for th in sizes for tw in sizes if th * tw <= pixels]
-
-    def cost(shape: tuple[int, int, int]) -> tuple[int, int]:
-        nb, th, tw = shape
-        boxes = cdiv(problem.N, nb) * cdiv(problem.P, th) * cdiv(problem.Q, tw)
-        read = nb * (th * problem.stride[0] + problem.R) * (tw * problem.stride[1] + problem.S)
-        return boxes, read
-
-    return min(shapes, key=cost)
 
 
 def bucket(problem: ConvProblem, arch: int) -> str:
@@ -247,11 +86,6 @@ def bucket(problem: ConvProblem, arch: int) -> str:
     if kg <= 64 or (window and problem.residual):
         return "narrow"
     return "wide" if window else "pointwise"
-
-
-def flat(problem: ConvProblem) -> bool:
-    """Whether the reduction runs over the elements of the window: tap by tap, few channels would fill BLOCK_K badly."""
-    return problem.C // problem.groups < 16 and problem.R * problem.S > 1
 
 
 def pack(problem: ConvProblem) -> int:
