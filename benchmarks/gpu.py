@@ -27,8 +27,8 @@ import torch
 
 from benchmarks.sheet import ROOT, DeviceLost, Job, Sheet, describe, pending, rows_for, sources, work
 from benchmarks.warm import ahead
-from fused_resnet import backends, models, numerics
-from fused_resnet.bench import pictures, providers, results, session, timing
+from fused_resnet import backends, models, numerics, timing
+from fused_resnet.bench import pictures, providers, results, session
 from fused_resnet.bench.session import precision
 from fused_resnet.bench.stock import plain
 from fused_resnet.problem import ConvOperands, ConvProblem

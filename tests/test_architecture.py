@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fused_resnet"
 MAX_LINES = 400
 
-LEAVES = {"problem", "numerics", "library"}
-BELOW_OPS = LEAVES | {"tuning", "backends"}
+LEAVES = {"problem", "numerics", "timing", "library"}
+BELOW_OPS = LEAVES | {"tuning", "backends", "tuner"}
 BELOW_NN = BELOW_OPS | {"ops", "functional"}
 BELOW_FUSING = BELOW_NN | {"nn", "models"}
 BELOW_TESTING = BELOW_FUSING | {"fusing"}
@@ -20,9 +20,11 @@ BELOW_BENCH = BELOW_TESTING | {"testing"}
 ALLOWED = {
     "problem": set(),
     "numerics": set(),
+    "timing": set(),
     "library": LEAVES,
     "tuning": LEAVES,
     "backends": LEAVES | {"tuning"},
+    "tuner": LEAVES | {"tuning", "backends"},
     "kernels": {"problem", "tuning", "numerics"},
     "ops": BELOW_OPS,
     "functional": BELOW_OPS | {"ops"},

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_resnet import numerics
-from fused_resnet.bench import launches, pictures, timing
+from fused_resnet import numerics, timing
+from fused_resnet.bench import launches, pictures
 from fused_resnet.bench.providers import Call, Provider, forget_compiled
 from fused_resnet.bench.results import EAGER, Row
 from fused_resnet.bench.stock import plain

@@ -17,8 +17,7 @@ import typer
 from rich.table import Table
 from torch import nn
 
-from fused_resnet import fusing, models
-from fused_resnet.bench import timing
+from fused_resnet import fusing, models, timing
 from fused_resnet.bench.stock import in_memory_format, plain
 from fused_resnet.cli import console, digits
 

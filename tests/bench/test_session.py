@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from fused_resnet import models
+from fused_resnet import models, timing
 from fused_resnet import nn as ours
-from fused_resnet.bench import providers, session, stock, timing
+from fused_resnet.bench import providers, session, stock
 from fused_resnet.bench.providers import PROVIDERS, Provider
 from fused_resnet.bench.session import Job
 

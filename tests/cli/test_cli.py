@@ -10,8 +10,8 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
-from fused_resnet import backends
-from fused_resnet.bench import results, timing
+from fused_resnet import backends, timing
+from fused_resnet.bench import results
 from fused_resnet.cli import app
 
 MODEL = "cifar_resnet8"

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from fused_resnet.bench import timing
+from fused_resnet import timing
 
 
 @pytest.fixture(autouse=True)
