@@ -11,6 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {"fuse": "fusing", "report": "fusing", "verify": "fusing", "unfuse": "fusing", "refresh": "fusing",
+          "capture": "graphs",
           "functional": "", "nn": "", "models": "", "backends": "", "numerics": "", "testing": ""}
 __all__ = [*_HOMES, "__version__"]
 

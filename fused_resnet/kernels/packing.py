@@ -3,16 +3,55 @@
 An entry lives as long as every source tensor keeps its identity, storage and version counter:
 optimizer steps, `load_state_dict`, `copy_`, `.to()` and `.data =` all change one of them. Writes
 that PyTorch itself cannot see (`.data.copy_`, numpy views) do not; `fused_resnet.refresh` calls
-`drop` for those. Tensors without a version counter (made under inference mode) are never cached.
+`drop` for those. Tensors without a version counter (made under inference mode) are never cached,
+nor is what is built while a CUDA graph is recorded: it lies in the graph's own memory and holds
+nothing before the first replay.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
+import torch
+
 _packs: dict[tuple, tuple[tuple, tuple, Any]] = {}
+
+
+class _State(threading.local):
+    held: Held | None = None
+
+
+_state = _State()
+
+
+class Held:
+    """The packed values that this thread was handed within `holding`, kept alive with it."""
+
+    def __init__(self) -> None:
+        self._values: dict[tuple, Any] = {}
+
+    def keep(self, key: tuple, value: Any) -> Any:
+        self._values[key] = value
+        return value
+
+    def current(self) -> bool:
+        """Whether none of them was dropped or built afresh since."""
+        return all((entry := _packs.get(key)) is not None and entry[2] is value
+                   for key, value in self._values.items())
+
+
+@contextlib.contextmanager
+def holding() -> Iterator[Held]:
+    """Collects what `packed` returns: a recorded graph goes on reading its memory."""
+    before, _state.held = _state.held, Held()
+    try:
+        yield _state.held
+    finally:
+        _state.held = before
 
 
 def packed(tag: Hashable, sources: tuple, build: Callable[[], Any]) -> Any:
@@ -31,15 +70,17 @@ def packed(tag: Hashable, sources: tuple, build: Callable[[], Any]) -> Any:
     entry = _packs.get(key)
     # An id is reused after its tensor dies; the entry's callback has then removed the entry.
     if entry is not None and entry[1] == stamp:
-        return entry[2]
+        return entry[2] if _state.held is None else _state.held.keep(key, entry[2])
     value = build()
+    if any(s is not None and s.is_cuda for s in sources) and torch.cuda.is_current_stream_capturing():
+        return value
 
     def forget(_: Any, key: tuple = key) -> None:
         _packs.pop(key, None)
 
     refs = tuple(weakref.ref(s, forget) for s in sources if s is not None)
     _packs[key] = (refs, stamp, value)
-    return value
+    return value if _state.held is None else _state.held.keep(key, value)
 
 
 def drop(tensors: Iterable) -> int:
