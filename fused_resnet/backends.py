@@ -1,5 +1,8 @@
 """The one chooser: which kernel runs a problem, why the others do not, and whether it is trusted.
 
+A problem runs on what was measured fastest for it on this machine, by `tuner`; else on what the table shipped for
+this class of GPUs says about it or about its nearest neighbour; else by `HEURISTIC`. `Choice.label` says which.
+
 The only reader of environment variables and device capability:
 
     FUSED_RESNET_BACKEND     force a backend, as `use` does
@@ -21,7 +24,7 @@ import platform
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +32,11 @@ import torch
 
 from fused_resnet import numerics
 from fused_resnet.problem import ConvProblem
-from fused_resnet.tuning import Cache
+from fused_resnet.tuning import Cache, Table, same_tile
 
 NAMES = ("triton", "cudnn", "cpu", "reference")
-# Without a tuned row. On CUDA no kernel of ours has been measured yet, so cuDNN stands first and
-# what it refuses runs as stock does, until a tuned row says otherwise.
+# Without a measured row. On CUDA no kernel of ours has been measured yet, so cuDNN stands first and
+# what it refuses runs as stock does, until a row says otherwise.
 HEURISTIC = {"cpu": ("cpu", "reference"), "cuda": ("cudnn", "reference")}
 SLACK = 4.0  # a self-check looks for broken kernels: it may meet unlucky data, a bug is off by orders of magnitude
 
@@ -47,21 +50,28 @@ class Choice:
     folded: bool = False
     needs_finite: bool = False
     trusted: bool = True
+    tile: dict[str, Any] | None = None  # None: the kernel picks its own
+    label: str = "heuristic"  # forced | tuned | shipped | nearest | heuristic
+    tried: bool = False  # to be tuned, in this process
+
+
+Visit = Callable[[str, ConvProblem, Any], None]
 
 
 class _State(threading.local):
     forced: str | None = None
     last: str = ""  # what ran the last problem
+    visit: Visit | None = None  # sees every problem before it runs
 
 
 _state = _State()
-_references: dict[str, Callable[[ConvProblem, Any], torch.Tensor]] = {}
+_references: dict[str, Callable[[Any, Any], Any]] = {}
 _choices: dict[tuple, Choice] = {}
-_broken: dict[tuple, str] = {}
+_broken: dict[str, str] = {}  # key of a verdict -> the verdict
 _lock = threading.Lock()
 
 
-def register(family: str, reference: Callable[[ConvProblem, Any], torch.Tensor]) -> None:
+def register(family: str, reference: Callable[[Any, Any], Any]) -> None:
     """Adds a kernel family with its plain-torch reference, which is also the last fallback."""
     _references[family] = reference
 
@@ -105,8 +115,12 @@ def available() -> dict[str, str | None]:
 
 
 def explain(problem: ConvProblem, family: str = "conv_bn_act") -> list[tuple[str, str | None]]:
-    """Every backend in order, with None where it could run `problem`, else the reason why not."""
-    return [(name, _refusal(family, name, problem)) for name in NAMES]
+    """Every backend in order, with None where it could run `problem`, else the reason why not.
+
+    `choose(family, problem)` says which of them does, with its tile and, as its label, by which rule.
+    """
+    tiles = {name: tile for name, tile, _ in reversed(_measured(family, problem))}
+    return [(name, _refusal(family, name, problem, tiles.get(name))) for name in NAMES]
 
 
 @contextlib.contextmanager
@@ -126,6 +140,21 @@ def use(name: str | None) -> Iterator[None]:
         _state.forced = before
 
 
+def forced() -> str | None:
+    """The backend that `use` or FUSED_RESNET_BACKEND names for this thread, or None."""
+    return _state.forced or setting("BACKEND") or None
+
+
+@contextlib.contextmanager
+def visited(visit: Visit) -> Iterator[None]:
+    """Calls `visit(family, problem, operands)` before every problem that this thread runs inside."""
+    before, _state.visit = _state.visit, visit
+    try:
+        yield
+    finally:
+        _state.visit = before
+
+
 def choose(family: str, problem: ConvProblem) -> Choice:
     """The kernel that runs `problem` here and now.
 
@@ -139,7 +168,7 @@ def choose(family: str, problem: ConvProblem) -> Choice:
     return choice
 
 
-def run(family: str, problem: ConvProblem, operands: Any, finite: bool = False) -> torch.Tensor:
+def run(family: str, problem: Any, operands: Any, finite: bool = False) -> Any:
     """Runs `problem` on the chosen kernel, after its self-check where that is due.
 
     Args:
@@ -148,6 +177,8 @@ def run(family: str, problem: ConvProblem, operands: Any, finite: bool = False) 
         operands: the tensors; the layout is the family's contract.
         finite: the caller has made sure that the operands hold neither NaN nor Inf.
     """
+    if _state.visit is not None:
+        _state.visit(family, problem, operands)
     choice = choose(family, problem)
     _state.last = choice.name
     result = NotImplemented
@@ -186,49 +217,105 @@ def reset() -> None:
     cache.cache_clear()
 
 
+def kernels(family: str, problem: ConvProblem) -> dict[str, Any]:
+    """Backend -> kernel module, for those that can compute `problem` on this machine, whatever their verdicts.
+
+    Left out is the reference, see `reference`.
+    """
+    return {name: _kernel(family, name) for name in NAMES if name != "reference"
+            and _inability(family, name, problem) is None}
+
+
+def reference(family: str) -> Callable[[Any, Any], Any]:
+    """Stock PyTorch's answer to problems of the family; of fp64 problems it takes operands from `widen`."""
+    return _references[family]
+
+
+def adopt(family: str, problem: ConvProblem, row: dict[str, Any]) -> None:
+    """Makes {"backend", "tile", ...} this user's choice for `problem` on this device, from now on."""
+    cache().set(tuned_key(family, problem), row)
+    for key in [k for k in _choices if k[:2] == (family, problem)]:
+        del _choices[key]
+
+
+def tuned_key(family: str, problem: ConvProblem) -> str:
+    """Where the cache keeps what tuning found for `problem` on this device."""
+    return f"tuned {family} {problem.id} {device_name(problem.device)}"
+
+
 def _choose(family: str, problem: ConvProblem) -> Choice:
-    forced = _state.forced or setting("BACKEND") or None
-    if forced is not None:
-        if forced not in NAMES:
-            raise ValueError(f"FUSED_RESNET_BACKEND={forced!r} is unknown, expected one of {', '.join(NAMES)}")
-        reason = _refusal(family, forced, problem)
-        if reason is not None:
-            raise ValueError(f"backend {forced!r} cannot run {problem.id}: {reason}")
-        return _bind(family, forced, problem)
-    order = HEURISTIC.get(problem.device, ("reference",))
-    row = _tuned(family, problem)
-    if row.get("backend") in NAMES:
-        order = (row["backend"], *order)
-    name = next(name for name in order if _refusal(family, name, problem) is None)
-    return _bind(family, name, problem)
+    name = forced()
+    if name not in (None, *NAMES):
+        raise ValueError(f"FUSED_RESNET_BACKEND={name!r} is unknown, expected one of {', '.join(NAMES)}")
+    order = _measured(family, problem)
+    if name is None:
+        order += [(n, None, "heuristic") for n in HEURISTIC.get(problem.device, ("reference",))]
+    else:
+        order = [*((n, tile, "forced") for n, tile, _ in order if n == name), (name, None, "forced")]
+    for backend, tile, label in order:
+        reason = _refusal(family, backend, problem, tile)
+        if reason is None:
+            return _bind(family, backend, problem, tile, label)
+    raise ValueError(f"backend {name!r} cannot run {problem.id}: {reason}")
 
 
-def _bind(family: str, name: str, problem: ConvProblem) -> Choice:
+def _measured(family: str, problem: ConvProblem) -> list[tuple[str, dict[str, Any] | None, str]]:
+    """What measurements say about `problem`, the most telling first: (backend, tile, label)."""
+    table = _table(problem.device)
+    rows = [("tuned", cache().get(tuned_key(family, problem))), ("shipped", table.exact(family, problem)),
+            *(("nearest", row) for row in table.near(family, problem))]
+    found = []
+    for label, row in rows:
+        if row is None:
+            continue
+        fault = _fault(family, problem, row)
+        if fault is None:
+            found.append((row["backend"], row.get("tile"), label))
+        elif label != "nearest":  # a neighbour's tile need not fit
+            warnings.warn(f"fused_resnet ignores the {label} row of {problem.id}: {fault}", stacklevel=5)
+    return found
+
+
+def _fault(family: str, problem: ConvProblem, row: Any) -> str | None:
+    """What is wrong with a measured row, or None. A tile must be one that would be measured today."""
+    if not isinstance(row, dict) or row.get("backend") not in NAMES:
+        return f"it names none of {', '.join(NAMES)}: {row!r:.80}"
+    name, tile = row["backend"], row.get("tile")
+    if tile is None or _inability(family, name, problem) is not None:
+        return None  # nothing to look at, or nothing that could run
+    known = () if name == "reference" else getattr(_kernel(family, name), "candidates", lambda _: ())(problem)
+    return None if any(same_tile(tile, asdict(t)) for t in known) else f"{name} has no such tile for it: {tile!r:.200}"
+
+
+def _bind(family: str, name: str, problem: ConvProblem, tile: dict[str, Any] | None, label: str) -> Choice:
     if name == "reference":
-        return Choice(name, _references[family])
+        return Choice(name, _references[family], label=label)
     kernel = _kernel(family, name)
-    forward = kernel.forward
-    tile = _tuned(family, problem).get("tile")
-    if tile is not None and hasattr(kernel, "with_tile"):
-        forward = kernel.with_tile(tile)
+    forward = kernel.forward if tile is None else kernel.with_tile(tile)
     mode = setting("SELF_CHECK", "first")
-    trusted = mode == "off" or (mode == "first" and cache().get(_verdict_key(family, name, problem)) == "ok")
-    return Choice(name, forward, kernel.FOLDED, kernel.needs_finite(problem), trusted)
+    trusted = mode == "off" or (mode == "first" and cache().get(_verdict_key(family, name, problem, tile)) == "ok")
+    return Choice(name, forward, kernel.FOLDED, kernel.needs_finite(problem), trusted, tile, label)
 
 
-def _refusal(family: str, name: str, problem: ConvProblem) -> str | None:
+def _refusal(family: str, name: str, problem: ConvProblem, tile: dict[str, Any] | None = None) -> str | None:
+    """Why `name` must not run `problem` with `tile` here, or None: it cannot, or it was caught with wrong results."""
+    reason = _inability(family, name, problem)
+    if reason is not None or name == "reference":
+        return reason
+    key = _verdict_key(family, name, problem, tile)
+    if key in _broken:
+        return _broken[key]
+    verdict = cache().get(key) if setting("SELF_CHECK", "first") == "first" else None
+    return verdict if verdict != "ok" else None
+
+
+def _inability(family: str, name: str, problem: ConvProblem) -> str | None:
     if name == "reference":
         return None
     if 0 in problem.output_shape or problem.C == 0:
         return "there is nothing to compute"
-    reason = available()[name] or (_kernel(family, name).refuse(problem) if _offers(name, family) else
-                                   f"it has no kernel of the family {family}")
-    if reason is None and (family, name, problem.layer) in _broken:
-        reason = _broken[family, name, problem.layer]
-    elif reason is None and setting("SELF_CHECK", "first") == "first":
-        verdict = cache().get(_verdict_key(family, name, problem))
-        reason = verdict if verdict not in (None, "ok") else None
-    return reason
+    return available()[name] or (_kernel(family, name).refuse(problem) if _offers(name, family) else
+                                 f"it has no kernel of the family {family}")
 
 
 @functools.cache
@@ -244,21 +331,22 @@ def _kernel(family: str, name: str) -> Any:
 @functools.cache
 def device_name(device: str) -> str:
     """The device and every version that a kernel's speed and correctness may depend on."""
-    if device == "cuda":
+    if device == "cuda" and torch.cuda.is_available():
         chip = f"{torch.cuda.get_device_name()} sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
         return f"{chip} cuda {torch.version.cuda} torch {torch.__version__}"
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} torch {torch.__version__}"
 
 
-def _tuned(family: str, problem: ConvProblem) -> dict[str, Any]:
-    """What tuning found for this problem on this device: {"backend", "tile", ...}, or nothing."""
-    row = cache().get(f"tuned {family} {problem.id} {device_name(problem.device)}")
-    return row if isinstance(row, dict) else {}
+@functools.cache
+def _table(device: str) -> Table:
+    """The rows that are shipped for this class of devices; read when the first problem is chosen for."""
+    if device != "cuda" or not torch.cuda.is_available():
+        return Table()
+    return Table.load(f"sm_{''.join(map(str, torch.cuda.get_device_capability()))}")
 
 
-def _verdict_key(family: str, name: str, problem: ConvProblem) -> str:
-    tile = _tuned(family, problem).get("tile")
-    if tile and hasattr(_kernel(family, name), "with_tile"):
+def _verdict_key(family: str, name: str, problem: ConvProblem, tile: dict[str, Any] | None) -> str:
+    if tile is not None:
         name = f"{name} {json.dumps(tile, sort_keys=True)}"
     return f"verdict {family} {name} {problem.layer.id} {device_name(problem.device)}"
 
@@ -273,7 +361,7 @@ def _self_check(family: str, choice: Choice, problem: ConvProblem, operands: Any
                                    if getattr(operands, f) is not None})
         small = problem._replace(N=len(ends))
         stock = _references[family](small, few)
-        exact = _references[family](small._replace(dtype="fp64"), _widen(few))
+        exact = _references[family](small._replace(dtype="fp64"), widen(few))
         bound = numerics.check(result[ends], stock, exact, dtype=problem.dtype, depth=problem.depth,
                                folded=choice.folded)
     except torch.OutOfMemoryError:
@@ -281,26 +369,29 @@ def _self_check(family: str, choice: Choice, problem: ConvProblem, operands: Any
     if not math.isfinite(exact.sum().item()):
         return result  # says nothing about the kernel
     fine = bound.error.max <= SLACK * bound.max_allowed and bound.error.rms <= SLACK * bound.rms_allowed
-    keep = setting("SELF_CHECK", "first") == "first"
+    key, keep = _verdict_key(family, choice.name, problem, choice.tile), setting("SELF_CHECK", "first") == "first"
     if fine and bound.error.nonfinite_match:
         choice.trusted = keep
         if keep:
-            cache().set(_verdict_key(family, choice.name, problem), "ok")
+            cache().set(key, "ok")
         return result
     verdict = f"failed its self-check on this machine: {bound}"
     with _lock:
-        _broken[family, choice.name, problem.layer] = verdict
-        for key in [k for k, c in _choices.items() if c.name == choice.name and k[1].layer == problem.layer]:
-            del _choices[key]
-    cache().set(_verdict_key(family, choice.name, problem), verdict)
+        _broken[key] = verdict
+        for one in [k for k, c in _choices.items() if c.name == choice.name and c.tile == choice.tile
+                    and k[0] == family and k[1].layer == problem.layer]:
+            del _choices[one]
+    cache().set(key, verdict)
     warnings.warn(f"fused_resnet disables {choice.name} for {problem.id} on {device_name(problem.device)}: {verdict}. "
                   f"The reference runs instead; please report this line.", stacklevel=2)
     return _references[family](problem, operands)
 
 
-def _widen(operands: Any) -> Any:
+def widen(operands: Any) -> Any:
+    """The operands in fp64: what an error is judged against is computed from them."""
     return type(operands)(*[v.double() if isinstance(v, torch.Tensor) else v for v in operands])
 
 
-__all__ = ["NAMES", "Choice", "all_finite", "available", "cache", "choose", "device_name", "enabled", "explain",
-           "forget", "interpreting", "last", "register", "reset", "run", "setting", "use"]
+__all__ = ["NAMES", "Choice", "adopt", "all_finite", "available", "cache", "choose", "device_name", "enabled",
+           "explain", "forced", "forget", "interpreting", "kernels", "last", "reference", "register", "reset", "run",
+           "setting", "tuned_key", "use", "visited", "widen"]
