@@ -226,8 +226,7 @@ def problem_of(name: str) -> ConvProblem | None:
         first, _, second = (found[field] or str(default)).partition("x")
         return int(first), int(second or first)
 
-    sizes = {field: int(found[field]) for field in "NCHWKRS"}
-    flags = {field: f"{field}+" in found["flags"] for field in ("bias", "norm", "residual")}
-    return ConvProblem(found["device"], found["dtype"], **sizes, **flags, stride=pair("stride", 1),
-                       padding=pair("padding", 0), dilation=pair("dilation", 1), groups=int(found["groups"] or 1),
-                       activation=found["activation"], prologue=found["prologue"] or "")
+    bias, norm, residual = (f"{field}+" in found["flags"] for field in ("bias", "norm", "residual"))
+    return ConvProblem(found["device"], found["dtype"], *(int(found[field]) for field in "NHWCKRS"), pair("stride", 1),
+                       pair("padding", 0), pair("dilation", 1), int(found["groups"] or 1), bias, norm, residual,
+                       found["activation"], found["prologue"] or "")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from fused_resnet import backends
+from fused_resnet import backends, tuner
 from fused_resnet.fusing import match
 from fused_resnet.fusing.build import build
 from fused_resnet.fusing.capture import REPLACED, Refused, capture, shadow
@@ -28,7 +28,8 @@ class Notes:
 
 
 def fuse(model: nn.Module, *, inplace: bool = False, filter: Callable[[str, nn.Module], bool] | None = None,
-         strict: bool = False, memory_format: torch.memory_format | None = None) -> nn.Module:
+         strict: bool = False, memory_format: torch.memory_format | None = None,
+         tune: bool | float = False) -> nn.Module:
     """Gives every module whose forward is understood a plan that runs convolution + norm + add + activation at once.
 
     Modules, classes, parameters and state-dict keys stay; only how `forward` is carried out changes,
@@ -42,24 +43,31 @@ def fuse(model: nn.Module, *, inplace: bool = False, filter: Callable[[str, nn.M
         strict: raise if any convolution is left alone.
         memory_format: torch.channels_last gives results in channels_last memory. By default they
             have the strides that the stock model gives.
+        tune: measure every kernel that can run a problem when the model first meets it, on its real operands and
+            without gradients, and keep the fastest for this user and device: `tuner.SECONDS` for each problem, or as
+            many seconds as given. The first calls take that long; later processes find the rows. `fused-resnet tune`
+            does the same ahead, with more time.
 
     Returns:
         The fused model.
 
     Raises:
-        ValueError: `model` is no module that can be fused, an unknown memory_format, or, with
+        ValueError: `model` is no module that can be fused, an unknown memory_format, a negative time, or, with
             strict, the list of what was skipped.
     """
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise ValueError(f"fuse() takes an nn.Module that is not scripted, got {type(model).__name__}")
     if memory_format not in (None, torch.contiguous_format, torch.channels_last):
         raise ValueError(f"memory_format must be torch.channels_last or None, got {memory_format}")
+    if tune < 0:
+        raise ValueError(f"tune must be a bool or seconds, got {tune}")
     fused = unfuse(model if inplace else copy.deepcopy(model))
     notes = Notes()
     _attach(fused, filter, memory_format is torch.channels_last, notes)
     fused.__dict__[NOTES] = notes
     for plan in plans(fused).values():
         plan.arm()
+        plan.tune = tuner.SECONDS if tune is True else float(tune)
     if strict:
         from fused_resnet.fusing.report import report
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_resnet import backends, numerics
+from fused_resnet import backends, numerics, tuner
 from fused_resnet.fusing.guards import Guards
 from fused_resnet.fusing.steps import Launch, Slot, fill_slots
 from fused_resnet.nn import executor
@@ -28,8 +28,13 @@ from fused_resnet.nn import executor
 PLAN_TOLERANCE = {"fp64": 1e-6, "fp32": 1e-2, "bf16": 0.2, "fp16": 0.2}
 
 
+UNTUNED = contextlib.nullcontext()
+
+
 class Plan:
     """Callable in the place of `module.forward`."""
+
+    tune: float = 0.0  # seconds for each problem at its first use
 
     def __init__(self, module: nn.Module, arity: int, steps: list, size: int, output: Any, keep: bool,
                  inlined: list[nn.Module], called: list[nn.Module], names: set[str]):
@@ -72,7 +77,8 @@ class Plan:
             self._note(reason)
             return forward(self.module, *args, **kwargs)
         key = self.kind(args)
-        return self._run(args, key[0]) if key in self.checked else self._check(key, args)
+        with tuner.tuning(self.tune) if self.tune else UNTUNED:
+            return self._run(args, key[0]) if key in self.checked else self._check(key, args)
 
     def kind(self, args: tuple) -> tuple:
         """What kind of call this is, first of all whether stock computes in contiguous memory: each is checked once."""
