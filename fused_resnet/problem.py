@@ -119,3 +119,66 @@ class ConvOperands(NamedTuple):
     eps: float = 1e-5
     pre_eps: float = 1e-5
     reuse: bool = False  # the result may be written over the residual, which nobody reads again
+
+
+class NormProblem(NamedTuple):
+    """A batch norm with what follows it, in training: the problem of the families `bn_act*`."""
+
+    device: str
+    dtype: str
+    N: int
+    H: int
+    W: int
+    C: int
+    activation: str = "relu"  # "identity", "relu" or "relu6"
+    shortcut: str = ""  # what is added before the activation: "", "tensor", or "norm" for a tensor with its own norm
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        return (self.N, self.C, self.H, self.W)
+
+    @property
+    def depth(self) -> int:
+        """Terms of the longest sum behind one result: the elements of a channel."""
+        return self.N * self.H * self.W
+
+    @property
+    def bytes(self) -> int:
+        """Fewest bytes through memory of the forward launch: x and the shortcut read, y and its mask written."""
+        elements = self.N * self.H * self.W * self.C
+        return elements * ELEMENT_BYTES[self.dtype] * (2 + bool(self.shortcut)) + elements // 8
+
+    @property
+    def flops(self) -> int:
+        return 0
+
+    @property
+    def layer(self) -> NormProblem:
+        return self._replace(N=1)
+
+    @property
+    def id(self) -> str:
+        shortcut = f"add_{self.shortcut}+" if self.shortcut else ""
+        return f"n{self.N}c{self.C}h{self.H}w{self.W}-{shortcut}{self.activation}-{self.dtype}-{self.device}"
+
+
+class GradOperands(NamedTuple):
+    """What the families `conv_dgrad` and `conv_wgrad` read; the contract stands in `ops.conv_grad`."""
+
+    dy: Any  # [N, K, P, Q]: du, or dz where `u` is given
+    weight: Any = None  # [K, C / groups, R, S]
+    u: Any = None  # [N, K, P, Q]: the convolution's output, whose norm's gradient is still to be taken
+    gamma: Any = None  # [K], as are mean and var
+    mean: Any = None
+    var: Any = None
+    means: Any = None  # [2, K]: s0 and s1 of `ops.bn_act`
+    x: Any = None  # [N, C, H, W]: the convolution's input, or with a prologue what the prologue normalises
+    pre_gamma: Any = None  # [C], as are the other pre_ vectors
+    pre_beta: Any = None
+    pre_mean: Any = None
+    pre_var: Any = None
+    residual: Any = None  # [N, C, H, W], added to dx
+    mask: Any = None  # bits of `residual`: where it counts; None for everywhere
+    eps: float = 1e-5
+    pre_eps: float = 1e-5
+    reuse: bool = False

@@ -1,0 +1,150 @@
+"""The residual branch as ATen operators: stock's own, in stock's order, so that results are stock's to the last bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fused_resnet.ops import bits
+from fused_resnet.ops.bn_act import passes
+from fused_resnet.ops.residual_parts import Branch, Kept, Parts, Stage
+
+WIDTH = len(Parts._fields)
+
+
+def convolve(x: torch.Tensor, stage: Stage, part: Parts) -> torch.Tensor:
+    """u alone."""
+    return torch.convolution(x, part.weight, part.bias, stage.stride, stage.padding, stage.dilation, False, (0, 0),
+                             stage.groups)
+
+
+def _activate(z: torch.Tensor, activation: str) -> torch.Tensor:
+    """In place: z is fresh."""
+    if activation == "relu":
+        return z.relu_()
+    return F.hardtanh_(z, 0.0, 6.0) if activation == "relu6" else z
+
+
+def _normalise(u: torch.Tensor, stage: Stage, part: Parts) -> tuple[torch.Tensor, Kept]:
+    """norm(u) as stock computes it, running statistics included, and what its gradient needs."""
+    z, mean, invstd, reserve, kernel = torch._batch_norm_impl_index(
+        u, part.gamma, part.beta, part.running_mean, part.running_var, stage.batch, stage.momentum, stage.eps,
+        torch.backends.cudnn.enabled)
+    ours = (mean, None, invstd) if stage.batch else (None, None, None)
+    return z, Kept(u, None, *ours, reserve if reserve.numel() else None, torch.tensor(kernel))
+
+
+def _again(u: torch.Tensor, stage: Stage, part: Parts, kept: Kept) -> torch.Tensor:
+    """The stage's activated output, from its convolution's."""
+    mean, var = part.running_mean, part.running_var
+    if kept.mean is not None and kept.invstd is not None:
+        mean, var = kept.mean, kept.invstd.pow(-2).sub_(stage.eps).clamp_(min=0)
+    return _activate(torch.batch_norm(u, part.gamma, part.beta, mean, var, False, 0.0, stage.eps, False),
+                     stage.activation)
+
+
+def _masked(grad: torch.Tensor, y: torch.Tensor, activation: str) -> torch.Tensor:
+    """The gradient before an activation, from its output. NaN passes, as in stock."""
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(grad, y, 0)
+    return torch.ops.aten.hardtanh_backward(grad, y, 0.0, 6.0) if activation == "relu6" else grad
+
+
+def _norm_backward(dz: torch.Tensor | None, u: torch.Tensor, stage: Stage, part: Parts, kept: Kept,
+                   needs: tuple[bool, ...]) -> tuple[torch.Tensor | None, ...]:
+    """(du, dgamma, dbeta)."""
+    reserve = kept.reserve if kept.reserve is not None else torch.empty(0, dtype=torch.uint8, device=u.device)
+    return torch.ops.aten._batch_norm_impl_index_backward(
+        int(kept.kernel), u, dz, part.gamma, part.running_mean, part.running_var, kept.mean, kept.invstd,  # type: ignore
+        stage.batch, stage.eps, needs, reserve)
+
+
+def forward(spec: Branch, x: torch.Tensor, shortcut: torch.Tensor | None,
+            parts: list[Parts]) -> tuple[torch.Tensor, torch.Tensor | None, list[Kept]]:
+    """(y, its mask, what each stage keeps); the mask is bits with `recompute`, else y itself stands for it."""
+    kept: list[Kept] = []
+    a = x
+    for stage, part in zip(spec.stages, parts, strict=False):
+        z, mine = _normalise(convolve(a, stage, part), stage, part)
+        last = len(kept) + 1 == len(spec.stages)
+        if not last:
+            a = _activate(z, stage.activation)
+        kept.append(mine._replace(a=None if last or spec.recompute else a,
+                                  u=None if last and spec.recompute else mine.u))
+    if spec.projection is not None:
+        other, mine = _normalise(convolve(shortcut, spec.projection, parts[-1]),  # type: ignore[arg-type]
+                                 spec.projection, parts[-1])
+        kept.append(mine._replace(u=None if spec.recompute else mine.u))
+        z += other
+    elif shortcut is not None:
+        z += shortcut
+    activation = spec.stages[-1].activation
+    y = _activate(z, activation)
+    # After the activation: what stands at its bounds was held back or gains nothing from passing.
+    mask = bits.pack(passes(y, activation)) if spec.recompute and activation != "identity" else None
+    return y, mask, kept
+
+
+def before_activation(dy: torch.Tensor, mask: torch.Tensor | None, activation: str) -> torch.Tensor:
+    """dz from dy; `mask` is bits or y."""
+    if mask is not None and mask.dtype is torch.uint8:
+        zero = torch.zeros((), dtype=dy.dtype, device=dy.device)
+        return torch.where(bits.unpack(mask, dy), dy, zero)
+    return dy if mask is None else _masked(dy, mask, activation)
+
+
+def backward(spec: Branch, dy: torch.Tensor, x: torch.Tensor, reads: torch.Tensor | None, mask: torch.Tensor | None,
+             parts: list[Parts], kept: list[Kept], needs: tuple[bool, ...], shared: bool, adds: bool) -> list[Any]:
+    """Gradients of (x, shortcut, and Parts of every stage); None where `needs` asks for none.
+
+    Args:
+        reads: the projection's input where it is not x.
+        mask: bits of y's mask, or y, or None.
+        needs: for x, for the shortcut, then for every tensor of `parts`.
+        shared: the shortcut is x.
+        adds: there is a shortcut.
+    """
+    grads: list[Any] = [None] * len(needs)
+    dz: torch.Tensor | None = before_activation(dy, mask, spec.stages[-1].activation)
+    own, other = 0, 0 if shared else 1  # places of the two gradients
+    joins = None
+    if spec.projection is not None:
+        source = x if shared else reads
+        joins = _stage_backward(dz, source, spec.projection, parts[-1], kept[-1], needs[other], needs, grads,
+                                len(parts) - 1)
+    elif adds and needs[other]:
+        joins = dz
+    inputs = [x]
+    for stage, part, mine in zip(spec.stages[:-1], parts, kept, strict=False):
+        inputs.append(mine.a if mine.a is not None else _again(mine.u, stage, part, mine))  # type: ignore[arg-type]
+    for i in reversed(range(len(spec.stages))):
+        further = needs[0] or i > 0 and any(needs[2:2 + i * WIDTH])
+        source = inputs.pop()
+        dz = _stage_backward(dz, source, spec.stages[i], parts[i], kept[i], further, needs, grads, i)
+        if dz is None:
+            break
+        if i:
+            dz = _masked(dz, source, spec.stages[i - 1].activation)
+    grads[own] = dz if needs[0] else None
+    if joins is not None:
+        grads[other] = joins if grads[other] is None else grads[other].add_(joins)
+    return grads
+
+
+def _stage_backward(dz: torch.Tensor | None, source: torch.Tensor | None, stage: Stage, part: Parts, kept: Kept,
+                    further: bool, needs: tuple[bool, ...], grads: list[Any], index: int) -> torch.Tensor | None:
+    """Gradient of `source`, the convolution's input, where `further`; those of the parameters go into `grads`."""
+    first = 2 + index * WIDTH
+    wanted = needs[first:first + 4]
+    inner = further or wanted[0] or wanted[1]
+    u = kept.u if kept.u is not None else convolve(source, stage, part)  # type: ignore[arg-type]
+    du, grads[first + 2], grads[first + 3] = _norm_backward(dz, u, stage, part, kept, (inner, *wanted[2:]))
+    if not inner:
+        return None
+    sizes = [part.weight.shape[0]] if part.bias is not None else None
+    dx, grads[first], grads[first + 1] = torch.ops.aten.convolution_backward(
+        du, source, part.weight, sizes, stage.stride, stage.padding, stage.dilation, False, (0, 0), stage.groups,
+        (further, wanted[0], wanted[1]))
+    return dx
