@@ -56,7 +56,7 @@ def _table(rows: Iterable[Row]) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    name = f"**{row.provider}**" if row.provider.startswith("fused") else row.provider
+    name = f"**{row.label}**" if row.provider.startswith("fused") else row.label
     if row.status != "ok":
         return [name, row.status, *[""] * (len(HEAD) - 2)]
     peak = row.peak_mem_mb if row.device == "cuda" else None  # on a CPU the growth of the process says little

@@ -14,6 +14,7 @@ COLOURS = {"eager": "#c4c4c4", "eager_channels_last": "#8c8c8c", "fused": "#d55e
            "compile": "#56b4e9", "compile_max_autotune": "#004c7a", "openvino": "#009e73", "onnxruntime": "#e69f00",
            "tensorrt": "#76b900", "fused_cpu": "#e08a4e", "fused_cudnn": "#e8a87c", "fused_triton": "#b34700"}
 ORDER = tuple(COLOURS)
+GRAPH_HATCH = "///"
 GROUPS_A_LINE = 4
 
 
@@ -47,6 +48,9 @@ def speedups(results: Results, path: str | os.PathLike[str]) -> Path | None:
         _draw(ax, groups[line * a_line:(line + 1) * a_line], tallest, a_line)
     names = [name for name in ORDER if any(row.provider == name for _, rows in groups for row in rows)]
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in names]
+    if any(row.graph for _, rows in groups for row in rows):
+        names.append("as a CUDA graph")
+        handles.append(plt.Rectangle((0, 0), 1, 1, facecolor="white", edgecolor="black", hatch=GRAPH_HATCH))
     environment = results.environment
     machine = environment.get("gpu") or f"{environment.get('cpu')}, {environment.get('threads')} threads"
     figure.suptitle(f"Speed over the best eager PyTorch (higher is better; the number on a bar is milliseconds)\n"
@@ -69,7 +73,7 @@ def _groups(rows: Sequence[Row]) -> list[tuple[tuple[str, str, str, int], list[R
     for row in rows:
         if row.level == "model" and row.status == "ok" and row.vs_stock and row.provider in COLOURS:
             found.setdefault(row.group, []).append(row)
-    return [(key, sorted(group, key=lambda row: ORDER.index(row.provider))) for key, group in
+    return [(key, sorted(group, key=lambda row: (row.graph, ORDER.index(row.provider)))) for key, group in
             sorted(found.items(), key=lambda item: (item[0][0], item[0][2] != "fp32", item[0][2], -item[0][3]))]
 
 
@@ -80,7 +84,8 @@ def _draw(ax: Any, groups: Sequence[tuple[tuple[str, str, str, int], list[Row]]]
             x, height = place + (i - (len(rows) - 1) / 2) * width, row.vs_stock or 0.0
             ours = row.provider.startswith("fused")
             ax.bar(x, height, width * 0.92, color=COLOURS[row.provider], zorder=2,
-                   edgecolor="black" if ours else "none", linewidth=0.8)
+                   edgecolor="black" if ours or row.graph else "none", linewidth=0.8,
+                   hatch=GRAPH_HATCH if row.graph else None)
             ax.annotate(f"{row.ms_p50:.3g}", (x, height), (0, 2), textcoords="offset points",
                         ha="center", va="bottom", fontsize=7.5, fontweight="bold" if ours else "normal", zorder=3,
                         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4})

@@ -47,6 +47,8 @@ class Provider:
     prepare: Callable[[torch.Tensor], Any] = _same
     cost: float = 0.3  # seconds that building takes, roughly, for a ResNet-50: for planning a budget
     counted: bool = True  # whether the profiler sees its launches on a CPU
+    capturable: bool = True  # whether its launches on CUDA can be recorded as a graph, for a second row
+    own_graphs: bool = False  # on CUDA it replays graphs of its own
 
     @property
     def ours(self) -> bool:
@@ -151,11 +153,12 @@ PROVIDERS = {p.name: p for p in (
     Provider("eager_channels_last", _eager_channels_last, prepare=channels_last),
     Provider("fused", _fused(None), prepare=channels_last),
     Provider("inductor_freezing", _compiled(freezing=True), _needs_compiler, channels_last, 11.0, False),
-    Provider("openvino", peers.build_openvino, peers.openvino_reason, peers.to_numpy, 3.0, False),
-    Provider("onnxruntime", peers.build_onnxruntime, peers.onnxruntime_reason, peers.to_numpy, 2.0, False),
-    Provider("tensorrt", peers.build_tensorrt, peers.tensorrt_reason, channels_last, 60.0),
+    Provider("openvino", peers.build_openvino, peers.openvino_reason, peers.to_numpy, 3.0, False, False),
+    Provider("onnxruntime", peers.build_onnxruntime, peers.onnxruntime_reason, peers.to_numpy, 2.0, False, False),
+    Provider("tensorrt", peers.build_tensorrt, peers.tensorrt_reason, cost=60.0),
     Provider("compile", _compiled(), _needs_compiler, channels_last, 9.0, False),
-    Provider("compile_max_autotune", _compiled(mode="max-autotune"), _needs_cuda, channels_last, 90.0),
+    Provider("compile_max_autotune", _compiled(mode="max-autotune"), _needs_cuda, channels_last, 90.0,
+             capturable=False, own_graphs=True),
     *(Provider(f"fused_{name}", _fused(name), _backend_reason(name), channels_last)
       for name in backends.NAMES if name != "reference"),
 )}

@@ -31,10 +31,12 @@ PEERS = ("onnxruntime", "openvino", "tensorrt", "torch_tensorrt", "torchvision",
 class Row:
     """One measured cell. A row that is not "ok" keeps its timings None; `reason` is for the printed table only.
 
-    `rel_error` is rms(error) / rms(reference) against an fp64 run of the stock model; `vs_stock` is over the
-    best eager row of the same run; `launches` come from the profiler; `peak_mem_mb` is the peak of one warm call
-    beyond what was held before it (`timing.PeakMemory`); `roofline_share` is the share of the FLOP/s that a
-    dense product reaches on the same device in the same dtype (`timing.matmul_peak`).
+    `graph`: the provider replays a CUDA graph; a provider has a row with and one without. `rel_error` is rms(error) /
+    rms(reference) against an fp64 run of the stock model; `vs_stock` is over the best eager row of the same run with
+    the same `graph`, so that a graph's gain is nobody's but its own; `launches` come from the profiler; `peak_mem_mb`
+    is the peak of one warm call beyond what was held before it, of a graph that of its recording
+    (`timing.PeakMemory`). `roofline_share` of a model is the share of the FLOP/s that a dense product reaches on the
+    same device in the same dtype (`timing.matmul_peak`); of a layer see `bench.layers`.
     """
 
     level: str
@@ -59,6 +61,11 @@ class Row:
     peak_mem_mb: float | None = None
     roofline_share: float | None = None
     reason: str = field(default="", metadata={"printed_only": True})
+
+    @property
+    def label(self) -> str:
+        """The provider as tables name it."""
+        return self.provider + (" + graph" if self.graph else "")
 
     @property
     def group(self) -> tuple[str, str, str, int]:

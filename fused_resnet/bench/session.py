@@ -15,13 +15,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_resnet import numerics, timing
+from fused_resnet import graphs, numerics, timing
 from fused_resnet.bench import launches, pictures
 from fused_resnet.bench.providers import Call, Provider, forget_compiled
 from fused_resnet.bench.results import EAGER, Row
 from fused_resnet.bench.stock import plain
 
 ROUNDS_WANTED = 5
+GRAPH_TREE_CALLS = 3  # torch.compile runs, then records, then replays: only then its output is that of the graph
 TIMING_CAP = 15.0  # seconds of timing after which a job's medians no longer move
 
 
@@ -40,7 +41,7 @@ class Job:
 
 @dataclass
 class Entry:
-    """A provider within a job, from its build to its row."""
+    """A provider within a job, with or without a CUDA graph, from its build to its row."""
 
     provider: Provider
     row: Row
@@ -123,7 +124,11 @@ class Session:
                     continue
                 self.tell(f"{job}: {provider.name}", 0.7 * index / len(self.providers))
                 started = time.perf_counter()
-                group.entries.append(_prepare(job, provider, model, pool, yard))
+                entry = _prepare(job, provider, model, pool, yard)
+                group.entries.append(entry)
+                recorder = recorder_for(job.device)
+                if entry.call is not None and provider.capturable and recorder is not None:
+                    group.entries.append(_graphed(job, entry, yard, recorder))
                 self.costs[provider.name] = 0.5 * self.costs[provider.name] + 0.5 * (time.perf_counter() - started)
             self._time(group, end)
         _fill(group, flops, self._peak(job))
@@ -137,7 +142,7 @@ class Session:
         return "the time budget is spent" if late else None
 
     def _time(self, group: Group, end: float) -> None:
-        running = {e.provider.name: e for e in group.entries if e.row.status == "ok" and e.call is not None}
+        running = {e.row.label: e for e in group.entries if e.row.status == "ok" and e.call is not None}
         if not running:
             return
         self.tell(f"{group.job}: timing {len(running)} providers", 0.7)
@@ -147,13 +152,16 @@ class Session:
             budget=min(TIMING_CAP, end - time.perf_counter()),
             on_round=lambda share: self.tell(f"{group.job}: timing {len(running)} providers", 0.7 + 0.3 * share))
         group.rounds = len(next(iter(samples.values())))
-        eager = [name for name in EAGER if name in samples]
-        best = min(eager, key=lambda name: timing.percentiles(samples[name])[1], default=None)
         for name, entry in running.items():
+            # Like with like: a graph's gain at small batches is not the provider's own.
+            eager = [label for label, e in running.items()
+                     if e.provider.name in EAGER and e.row.graph == entry.row.graph]
+            best = min(eager, key=lambda label: timing.percentiles(samples[label])[1], default=None)
             p20, p50, p80 = timing.percentiles(samples[name])
             entry.row = replace(entry.row, ms_p20=p20, ms_p50=p50, ms_p80=p80,
                                 images_per_s=group.job.batch / p50 * 1e3,
                                 vs_stock=timing.paired_ratio(samples[best], samples[name]) if best else None)
+        for entry in running.values():
             entry.call = None
 
     def _peak(self, job: Job) -> float:
@@ -183,31 +191,61 @@ class Yardstick:
     stock: torch.Tensor
 
 
+def recorder_for(device: str) -> graphs.Recorder | None:
+    """What records CUDA graphs on `device`; None where there are none."""
+    return graphs.CudaRecorder(torch.device("cuda", torch.cuda.current_device())) if device == "cuda" else None
+
+
 def _prepare(job: Job, provider: Provider, model: nn.Module, pool: list[torch.Tensor], yard: Yardstick) -> Entry:
     """Builds one provider, compares its output, counts its launches and peak memory."""
-    row = Row("model", job.model, job.batch, job.dtype, job.device, provider.name)
+    row = Row("model", job.model, job.batch, job.dtype, job.device, provider.name,
+              graph=provider.own_graphs and job.device == "cuda")
     entry = Entry(provider, row)
     try:
         call = provider.build(model, pool[0])
         entry.inputs = [provider.prepare(batch) for batch in pool]
-        bound = numerics.check_network(logits(call(entry.inputs[0])).to(yard.exact.device), yard.stock, yard.exact,
-                                       dtype=job.dtype)
-        row = replace(row, rel_error=bound.error.rel, backend=provider.backend(call))
-        if not bound.ok:
-            entry.row = replace(row, status="wrong", reason=str(bound))
-            return entry
-        with timing.PeakMemory(job.device) as peak:
-            started = time.perf_counter()
-            call(entry.inputs[-1])
-        entry.warm_ms = (time.perf_counter() - started) * 1e3
-        if provider.counted or job.device == "cuda":
-            entry.launches = launches.count(lambda: call(entry.inputs[0]), device=job.device)
-        counted = None if entry.launches is None else sum(entry.launches.values())
-        entry.row = replace(row, peak_mem_mb=peak.mb, launches=counted)
-        entry.call = call
+        for _ in range(GRAPH_TREE_CALLS if row.graph else 0):
+            call(entry.inputs[0])
+        _examine(job, entry, call, yard)
+        entry.row = replace(entry.row, backend=provider.backend(call))
     except Exception as error:  # a peer's failure is its row's business, the others go on
         entry.row = replace(row, status="failed", reason=one_line(error))
     return entry
+
+
+def _graphed(job: Job, plain: Entry, yard: Yardstick, recorder: graphs.Recorder) -> Entry:
+    """The same callable as one CUDA graph: what a step costs includes the copy into its static input."""
+    row = replace(plain.row, graph=True)
+    entry = Entry(plain.provider, row, inputs=plain.inputs)
+    try:
+        # A replay allocates nothing: the peak is that of the recording, whose memory the graph keeps.
+        with timing.PeakMemory(job.device) as peak:
+            bucket = graphs.Bucket(plain.call, plain.inputs[-1:], recorder)  # type: ignore[arg-type]
+        _examine(job, entry, lambda batch: bucket.run((batch,), copy=False), yard)
+        entry.row = replace(entry.row, peak_mem_mb=peak.mb)
+    except Exception as error:
+        entry.row = replace(row, status="failed", reason=one_line(error), rel_error=None, launches=None,
+                            peak_mem_mb=None)
+    return entry
+
+
+def _examine(job: Job, entry: Entry, call: Call, yard: Yardstick) -> None:
+    """Compares a callable's output with fp64. Only where it is right are launches counted and may it be timed."""
+    bound = numerics.check_network(logits(call(entry.inputs[0])).to(yard.exact.device), yard.stock, yard.exact,
+                                   dtype=job.dtype)
+    row = replace(entry.row, rel_error=bound.error.rel)
+    if not bound.ok:
+        entry.row = replace(row, status="wrong", reason=str(bound), launches=None, peak_mem_mb=None)
+        return
+    with timing.PeakMemory(job.device) as peak:
+        started = time.perf_counter()
+        call(entry.inputs[-1])
+    entry.warm_ms = (time.perf_counter() - started) * 1e3
+    if entry.provider.counted or job.device == "cuda":
+        entry.launches = launches.count(lambda: call(entry.inputs[0]), device=job.device)
+    counted = None if entry.launches is None else sum(entry.launches.values())
+    entry.row = replace(row, peak_mem_mb=peak.mb, launches=counted)
+    entry.call = call
 
 
 def logits(output: Any) -> torch.Tensor:

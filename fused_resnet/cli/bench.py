@@ -113,10 +113,10 @@ def table(group: session.Group) -> Table:
         row = entry.row
         style = "bold green" if entry.provider.ours and row.status == "ok" else "red" if row.status != "ok" else None
         if row.ms_p50 is None:
-            shown.add_row(row.provider, row.status, "", "", "", _number(row.rel_error, ".1e"), "", "", row.reason,
+            shown.add_row(row.label, row.status, "", "", "", _number(row.rel_error, ".1e"), "", "", row.reason,
                           style=style)
             continue
-        shown.add_row(row.provider + (f" ({row.backend})" if row.backend else ""), _number(row.ms_p50, ".4g"),
+        shown.add_row(row.label + (f" ({row.backend})" if row.backend else ""), _number(row.ms_p50, ".4g"),
                       f"{row.ms_p20:.4g} .. {row.ms_p80:.4g}", _number(row.images_per_s, ".1f"),
                       _number(row.vs_stock, ".2f"), _number(row.rel_error, ".1e"), _number(row.roofline_share, ".0%"),
                       _number(row.peak_mem_mb, ".0f"),

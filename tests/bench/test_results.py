@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from benchmarks import tables
 from fused_resnet.bench import plots, results
 from fused_resnet.bench.results import Row
 
@@ -32,6 +33,12 @@ def test_the_schema_has_these_fields_and_no_others(record, tmp_path):
         "level", "model", "problem", "batch", "dtype", "autocast", "device", "mode", "graph", "provider", "backend",
         "status", "ms_p20", "ms_p50", "ms_p80", "images_per_s", "vs_stock", "rel_error", "launches", "peak_mem_mb",
         "roofline_share"}
+
+
+def test_rows_with_a_graph_are_told_from_those_without(record):
+    assert [row(graph=graph).label for graph in (False, True)] == ["fused", "fused + graph"]
+    table = tables._table([row(launches=3), row(graph=True, status="wrong")])
+    assert "| **fused** |" in table and "| **fused + graph** | wrong |" in table
 
 
 def test_a_failed_write_leaves_the_old_file(record, tmp_path):
@@ -90,7 +97,7 @@ def test_the_environment_says_what_a_reader_needs():
 
 def test_a_chart_is_drawn_for_rows_that_were_timed(record, tmp_path):
     pytest.importorskip("matplotlib")
-    record.rows.append(row(provider="eager", vs_stock=1.0))
+    record.rows += [row(provider="eager", vs_stock=1.0), row(provider="eager", vs_stock=1.0, graph=True)]
     path = plots.speedups(record, tmp_path / "a.png")
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
     assert plots.speedups(results.Results({}, "", []), tmp_path / "b.png") is None

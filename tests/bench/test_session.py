@@ -1,5 +1,6 @@
 """Jobs: outputs are compared before anything is timed, one provider's failure is its own, the budget holds."""
 
+import importlib.util
 import time
 
 import pytest
@@ -11,6 +12,7 @@ from fused_resnet import nn as ours
 from fused_resnet.bench import providers, session, stock
 from fused_resnet.bench.providers import PROVIDERS, Provider
 from fused_resnet.bench.session import Job
+from tests.test_graphs import Fake
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +80,76 @@ def test_a_spent_budget_leaves_out_the_slow_builds_only(tiny, images):
     assert all(row.status == "ok" for row in rows.values()) and time.perf_counter() - started < 10
 
 
+@pytest.fixture
+def recorder(monkeypatch):
+    """Graphs that replay on a CPU."""
+    fake = Fake()
+    monkeypatch.setattr(session, "recorder_for", lambda device: fake)
+    return fake
+
+
+def test_providers_run_with_and_without_a_graph(tiny, images, recorder):
+    chosen = [*providers.select(["eager", "eager_channels_last", "fused"], "cpu"),
+              Provider("host", lambda model, sample: model, capturable=False)]
+    group, _ = run(tiny, images, chosen)
+    assert [(row.provider, row.graph) for row in group.rows] == [
+        *[(name, graph) for name in ("eager", "eager_channels_last", "fused") for graph in (False, True)],
+        ("host", False)]
+    assert all(row.status == "ok" and row.ms_p50 > 0 and row.rel_error < 1e-5 for row in group.rows)
+    assert recorder.recordings == 3 and len({row.label for row in group.rows}) == 7
+
+
+def test_the_baseline_of_a_graph_is_the_best_eager_graph(tiny, images, recorder, monkeypatch):
+    times = {"eager": 8.0, "eager_channels_last": 4.0, "fused": 2.0, "eager + graph": 3.0,
+             "eager_channels_last + graph": 6.0, "fused + graph": 1.0}
+    monkeypatch.setattr(timing, "measure", lambda calls, inputs, **_: {name: [times[name]] * 3 for name in calls})
+    group, _ = run(tiny, images, providers.select(["eager", "eager_channels_last", "fused"], "cpu"))
+    assert {row.label: row.vs_stock for row in group.rows} == {
+        "eager": 0.5, "eager_channels_last": 1.0, "fused": 2.0, "eager + graph": 1.0,
+        "eager_channels_last + graph": 0.5, "fused + graph": 3.0}
+
+
+def test_a_graph_that_answers_wrongly_or_cannot_be_recorded_is_not_timed(tiny, images, recorder, monkeypatch):
+    """A replay that forgot its input gives what the recording gave."""
+    honest = recorder.record
+
+    def stale(call, warmup):
+        return honest(call, warmup)[0], lambda: None
+
+    monkeypatch.setattr(recorder, "record", stale)
+    group, _ = run(tiny, images, [PROVIDERS["eager"]])
+    assert [(row.label, row.status) for row in group.rows] == [("eager", "ok"), ("eager + graph", "wrong")]
+    assert group.rows[1].ms_p50 is None and group.rows[1].launches is None and "allowed" in group.rows[1].reason
+
+    def refuse(call, warmup):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(recorder, "record", refuse)
+    group, _ = run(tiny, images, [PROVIDERS["eager"]])
+    assert [(row.label, row.status) for row in group.rows] == [("eager", "ok"), ("eager + graph", "failed")]
+    assert "not permitted" in group.rows[1].reason and group.rows[1].rel_error is None
+
+
+def test_the_output_of_a_compilers_own_graph_is_what_is_compared(tiny, images, monkeypatch):
+    """torch.compile's graphs replay from the third call on: wrong results of a replay must be seen."""
+    calls = []
+
+    def build(model, sample):
+        def call(x):
+            calls.append(1)
+            return model(x) + (len(calls) > 2)
+
+        return call
+
+    provider = Provider("late", build, capturable=False, own_graphs=True)
+    job = Job("tiny", 2, "fp32", "cuda")
+    model = stock.plain(tiny)
+    with torch.no_grad():
+        yard = session.Yardstick(model.double()(images[:2].double()), model.float()(images[:2]))
+        entry = session._prepare(job, provider, model, [images[:2]], yard)
+    assert entry.row.graph and entry.row.status == "wrong" and entry.call is None
+
+
 def test_the_most_valuable_jobs_come_first():
     found = [str(job) for job in session.jobs(["a", "b"], [1, 8], ["fp32", "bf16"], ["cpu"])]
     assert found[:2] == ["a fp32 batch 8 cpu", "b fp32 batch 8 cpu"] and found[-1] == "b bf16 batch 1 cpu"
@@ -102,6 +174,8 @@ def test_compiled_providers_answer_what_stock_answers(tiny, images):
 def test_reasons_are_given_where_a_provider_cannot_run():
     assert "bf16" in (PROVIDERS["onnxruntime"].reason("cpu", "bf16") or "bf16")
     assert PROVIDERS["tensorrt"].reason("cpu", "fp32") == "runs on CUDA only"
+    if importlib.util.find_spec("tensorrt") is None:
+        assert PROVIDERS["tensorrt"].reason("cuda", "fp32") == "not installed: tensorrt (pip install tensorrt)"
     assert PROVIDERS["fused_cudnn"].reason("cpu", "fp32") == "backend cudnn does not run on cpu"
     with pytest.raises(ValueError, match="unknown provider 'eagre'"):
         providers.select(["eagre"], "cpu")
