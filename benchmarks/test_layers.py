@@ -35,13 +35,12 @@ def test_layer(benchmark, problem, dtype, provider):
     problem = problem._replace(dtype=dtype)
     operands = inputs.make(problem)
     operands = operands._replace(weight=operands.weight.contiguous(memory_format=torch.channels_last))
-    arguments = inputs.arguments(problem, operands)
     with torch.no_grad():
         stock, exact = inputs.stock(problem, operands), inputs.stock(problem, operands, torch.float64)
-        result = family.run(*arguments, True)
+        result = family.execute(problem, operands, True)
         bound = numerics.check(result, stock, exact, dtype=dtype, depth=problem.depth, folded=dtype != "fp32")
         assert bound.ok, bound
-        call = {"fused": lambda: family.run(*arguments, True),
+        call = {"fused": lambda: family.execute(problem, operands, True),
                 "eager_channels_last": lambda: inputs.stock(problem, operands)}[provider]
         benchmark.group = problem.id
         benchmark.extra_info.update(level="layer", problem=problem.id, dtype=dtype, batch=problem.N, device=DEVICE,

@@ -100,11 +100,10 @@ class ResNet(_Trunk):
         self.fc = nn.Linear(512 * block.expansion, num_classes)
         self._initialise(zero_init_residual)
 
-    @planned
+    @planned(convert=False)
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] images -> [N, num_classes] logits."""
-        x = run(x, self.conv1, self.bn1, self.relu)
-        x = self.maxpool(x)
+        x = run(x, self.conv1, self.bn1, self.relu, pool=self.maxpool)
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)

@@ -67,7 +67,9 @@ def build(module: nn.Module, captured: Captured, matches: list[Match], opaque: s
                 slots.loose.add(node)
     _free(steps, output)
     inlined, called = ([module.get_submodule(name) for name in names] for names in (captured.inlined, captured.called))
-    return Plan(module, len(slots.given), steps, slots.size, output, keep, inlined, called, captured.names)
+    given = {i for node, i in slots.given.items()
+             if all(user in absorbed and absorbed[user].pool and user is absorbed[user].conv for user in node.users)}
+    return Plan(module, len(slots.given), given, steps, slots.size, output, keep, inlined, called, captured.names)
 
 
 def _call(module: nn.Module, node: fx.Node, slots: _Slots, opaque: set[str]) -> Any:
@@ -91,7 +93,8 @@ def _launch(module: nn.Module, match: Match, slots: _Slots, reuse: bool, prefix:
     return Launch(f"{prefix}{match.conv.target}", match.pattern, _live(module, match.conv),
                   _live(module, match.norm), name(match.activation), prologue, slots.number[match.x],
                   None if match.residual is None else slots.number[match.residual], reuse,
-                  [_call(module, n, slots, set()) for n in match.nodes], slots.number[match.last])
+                  match.pool is not None, [_call(module, n, slots, set()) for n in match.nodes],
+                  slots.number[match.last])
 
 
 def _live(module: nn.Module, node: fx.Node | None) -> Any:

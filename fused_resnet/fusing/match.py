@@ -1,6 +1,7 @@
 """Matching: which convolutions of a graph become one launch with what stands around them.
 
     [norm -> activation ->] conv [-> norm] [-> + residual] [-> activation]
+    conv -> norm -> activation -> max-pool of the family `stem`
 
 by dataflow alone: every value inside a match is used once, whatever the classes and names around
 it. What is left alone gets a reason.
@@ -42,10 +43,11 @@ class Match:
     residual: fx.Node | None = None
     activation: fx.Node | None = None
     prologue: list[fx.Node] = field(default_factory=list)  # norm, or norm and activation
+    pool: fx.Node | None = None
 
     @property
     def nodes(self) -> list[fx.Node]:
-        parts = (*self.prologue, self.conv, self.norm, self.add, self.activation)
+        parts = (*self.prologue, self.conv, self.norm, self.add, self.activation, self.pool)
         return [node for node in parts if node is not None]
 
     @property
@@ -54,6 +56,7 @@ class Match:
 
     @property
     def pattern(self) -> str:
+        """The parts of the launch; the pool is one only where a kernel for it is chosen."""
         names = ["norm", "act"][:len(self.prologue)] + ["conv"]
         names += [n for n, node in (("norm", self.norm), ("add", self.add), ("act", self.activation)) if node]
         return "+".join(names)
@@ -146,6 +149,7 @@ def find(graph: fx.Graph, lookup: Lookup) -> tuple[list[Match], dict[fx.Node, st
             continue
         match = _grow(conv, lookup, order, taken)
         _prepend(match, lookup, taken)
+        _append(match, lookup)
         if len(match.nodes) == 1:
             reasons[conv] = _lonely(conv, lookup)
             continue
@@ -216,6 +220,22 @@ def _prepend(match: Match, lookup: Lookup, taken: set[fx.Node]) -> None:
         return
     match.prologue = [node] if activation is None else [node, activation]
     match.x = source
+
+
+def _append(match: Match, lookup: Lookup) -> None:
+    """Takes the max-pool behind conv, norm and activation, if it is the one that the family `stem` computes."""
+    pool = _only_user(match.last)
+    if pool is not None and len(match.nodes) == 3 and match.norm and match.activation and _stem_pool(pool, lookup):
+        match.pool = pool
+
+
+def _stem_pool(node: fx.Node, lookup: Lookup) -> bool:
+    module = lookup(node)
+    if module is not None:
+        return _unary(node) and executor.pool_blocked(module) is None
+    if node.op != "call_function" or node.target is not F.max_pool2d or "input" in node.kwargs:
+        return False
+    return executor.pooling_blocked(*node.args[1:], **node.kwargs) is None
 
 
 def _lonely(conv: fx.Node, lookup: Lookup) -> str:

@@ -36,9 +36,10 @@ class Plan:
 
     tune: float = 0.0  # seconds for each problem at its first use
 
-    def __init__(self, module: nn.Module, arity: int, steps: list, size: int, output: Any, keep: bool,
+    def __init__(self, module: nn.Module, arity: int, given: set[int], steps: list, size: int, output: Any, keep: bool,
                  inlined: list[nn.Module], called: list[nn.Module], names: set[str]):
         self.module, self.arity, self.steps, self.size, self.output = module, arity, steps, size, output
+        self.given = given  # inputs that only stems read: their launch takes any layout
         self.keep = keep  # leave results in channels_last
         self.inlined, self.called, self.names = inlined, called, names
         self.launches = [s for s in steps if isinstance(s, Launch)]
@@ -125,7 +126,8 @@ class Plan:
     def _run(self, args: tuple, convert: bool, answers: dict[int, list] | None = None) -> Any:
         inner = args
         if convert or self.keep:
-            inner = tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in args)
+            inner = tuple(x if x.dim() != 4 or i in self.given else x.contiguous(memory_format=torch.channels_last)
+                          for i, x in enumerate(args))
         values = [*(inner if self.keep else args), *inner, *[None] * (self.size - 2 * len(args))]
         tidy = convert and not self.keep
         profiled = torch.autograd._profiler_enabled()

@@ -94,13 +94,20 @@ class Launch:
     opaque = False
 
     def __init__(self, name: str, pattern: str, conv: nn.Module, norm: nn.Module | None, activation: str,
-                 prologue: tuple[nn.Module, str] | None, x: int, residual: int | None, reuse: bool, stock: list[Call],
-                 out: int):
-        self.name, self.pattern, self.out = name, pattern, out
+                 prologue: tuple[nn.Module, str] | None, x: int, residual: int | None, reuse: bool, pool: bool,
+                 stock: list[Call], out: int):
+        self.name, self.matched, self.out = name, pattern, out
         self.conv, self.norm, self.activation, self.prologue = conv, norm, activation, prologue
-        self.x, self.residual, self.reuse, self.stock = x, residual, reuse, stock
+        self.x, self.residual, self.reuse, self.pool, self.stock = x, residual, reuse, pool, stock
         self.frees: tuple[int, ...] = ()
+        self.memo = executor.Memo()
         self.backend = ""
+        self.pooled = False
+
+    @property
+    def pattern(self) -> str:
+        """What its last launch computed: a pool is a launch of its own unless a kernel for both was chosen."""
+        return f"{self.matched}+maxpool" if self.pooled else self.matched
 
     @property
     def steady(self) -> bool:
@@ -109,14 +116,22 @@ class Launch:
 
     def blocked(self) -> str | None:
         reason = executor.blocked(self.conv, self.norm, None)
-        return reason if reason or self.prologue is None else executor.norm_blocked(self.prologue[0])
+        if reason is None and self.prologue is not None:
+            reason = executor.norm_blocked(self.prologue[0])
+        if reason is None and self.pool and self.stock[-1].kind == "call_module":
+            reason = executor.pool_blocked(self.stock[-1].target)
+        return reason
 
     def run(self, values: list, tidy: bool, finite: bool) -> Any:
         residual = None if self.residual is None else values[self.residual]
         out = executor.launch(values[self.x], self.conv, self.norm, self.activation, residual, self.prologue,
-                              finite, self.reuse)
+                              finite, self.reuse, self.pool, self.memo)
+        self.pooled = executor.state.pooled
         if out is None:
             self.backend = "stock"
+            x = values[self.x]
+            if self.pool and x.dim() == 4:  # an image as it was given
+                values[self.x] = x.contiguous(memory_format=torch.channels_last)
             for call in self.stock:
                 out = values[call.out] = call.run(values, False)
         else:

@@ -68,35 +68,44 @@ def _fake(x, weight, bias, gamma, beta, mean, var, residual, pre_gamma, pre_beta
                        memory_format=torch.channels_last)
 
 
-def run(x, weight, bias, gamma, beta, mean, var, residual, pre_gamma, pre_beta, pre_mean, pre_var, eps, pre_eps,
-        activation, prologue, stride, padding, dilation, groups, finite=False, reuse=False):
-    """Chooses a kernel and launches it. Callers have checked shapes, dtypes and devices.
-
-    Args:
-        finite: the caller has made sure that x and residual hold neither NaN nor Inf.
-        reuse: the result may be written over the residual, which nobody reads again.
-
-    The others are those of the operator; the result is [N, K, P, Q] in channels_last memory.
-    """
+def problem_of(x, weight, bias, mean, residual, activation, prologue, stride, padding, dilation, groups):
+    """The problem that these operands pose, absent ones being None; of x and weight only sizes, dtype and device."""
     n, c, h, w = x.shape
     k, _, r, s = weight.shape
     device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
     dtype = NAMES[x.dtype]
     if dtype == "fp32" and device == "cuda" and torch.backends.cudnn.allow_tf32:
         dtype = "tf32"
-    problem = ConvProblem(device, dtype, n, h, w, c, k, r, s, stride, padding, dilation, groups, bias is not None,
-                          mean is not None, residual is not None, activation, prologue)
+    return ConvProblem(device, dtype, n, h, w, c, k, r, s, stride, padding, dilation, groups, bias is not None,
+                       mean is not None, residual is not None, activation, prologue)
+
+
+def execute(problem: ConvProblem, operands: ConvOperands, finite: bool = False) -> torch.Tensor:
+    """Chooses a kernel and launches it. Callers have checked shapes, dtypes and devices.
+
+    Args:
+        problem: what `problem_of` says about the operands.
+        operands: x and residual in any strides; `reuse` says that the result may be written over the residual.
+        finite: the caller has made sure that x and residual hold neither NaN nor Inf.
+
+    Returns:
+        [N, K, P, Q] in channels_last memory.
+    """
+    x, residual = operands.x, operands.residual
     if not x.is_contiguous(memory_format=torch.channels_last):
-        x = x.contiguous(memory_format=torch.channels_last)
+        operands = operands._replace(x=x.contiguous(memory_format=torch.channels_last))
     if residual is not None and not residual.is_contiguous(memory_format=torch.channels_last):
-        residual = residual.contiguous(memory_format=torch.channels_last)
-    return backends.run(FAMILY, problem, ConvOperands(x, weight, bias, gamma, beta, mean, var, residual, pre_gamma,
-                                                      pre_beta, pre_mean, pre_var, eps, pre_eps, reuse), finite)
+        operands = operands._replace(residual=residual.contiguous(memory_format=torch.channels_last))
+    return backends.run(FAMILY, problem, operands, finite)
+
+
+def narrowed(o: ConvOperands) -> ConvOperands:
+    """With weights in x's dtype: under autocast those of the modules are wider."""
+    return o._replace(weight=o.weight.to(o.x.dtype), bias=None if o.bias is None else o.bias.to(o.x.dtype))
 
 
 def _reference_of(problem: ConvProblem, o: ConvOperands) -> torch.Tensor:
-    # under autocast the weights of the modules are wider than x
-    o = o._replace(weight=o.weight.to(o.x.dtype), bias=None if o.bias is None else o.bias.to(o.x.dtype))
+    o = narrowed(o)
     y = reference(*o[:12], o.eps, o.pre_eps, problem.activation, problem.prologue, problem.stride, problem.padding,
                   problem.dilation, problem.groups)
     return y.contiguous(memory_format=torch.channels_last)
@@ -104,8 +113,10 @@ def _reference_of(problem: ConvProblem, o: ConvOperands) -> torch.Tensor:
 
 def _impl(x, weight, bias, gamma, beta, mean, var, residual, pre_gamma, pre_beta, pre_mean, pre_var, eps, pre_eps,
           activation, prologue, stride, padding, dilation, groups):
-    return run(x, weight, bias, gamma, beta, mean, var, residual, pre_gamma, pre_beta, pre_mean, pre_var, eps, pre_eps,
-               activation, prologue, tuple(stride), tuple(padding), tuple(dilation), groups)
+    problem = problem_of(x, weight, bias, mean, residual, activation, prologue, tuple(stride), tuple(padding),
+                         tuple(dilation), groups)
+    return execute(problem, ConvOperands(x, weight, bias, gamma, beta, mean, var, residual, pre_gamma, pre_beta,
+                                         pre_mean, pre_var, eps, pre_eps))
 
 
 backends.register(FAMILY, _reference_of)

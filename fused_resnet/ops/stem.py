@@ -14,7 +14,6 @@ import torch.nn.functional as F
 
 from fused_resnet import backends
 from fused_resnet.library import define_op
-from fused_resnet.numerics import NAMES
 from fused_resnet.ops import conv_bn_act as conv
 from fused_resnet.problem import ACTIVATIONS, ELEMENT_BYTES, ConvOperands, ConvProblem
 
@@ -58,20 +57,14 @@ def _fake(x, weight, bias, gamma, beta, mean, var, eps, activation, stride, padd
 
 def run(x, weight, bias, gamma, beta, mean, var, eps, activation, stride, padding):
     """Chooses a kernel and launches it. Callers have checked shapes, dtypes and devices."""
-    device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
-    dtype = NAMES[x.dtype]
-    if dtype == "fp32" and device == "cuda" and torch.backends.cudnn.allow_tf32:
-        dtype = "tf32"
-    n, c, h, w = x.shape
-    k, _, r, s = weight.shape
-    problem = StemProblem(device, dtype, n, h, w, c, k, r, s, tuple(stride), tuple(padding), bias=bias is not None,
-                          activation=activation)
-    operands = ConvOperands(x, weight, bias, gamma, beta, mean, var, eps=eps)
-    return backends.run(FAMILY, problem, operands)
+    problem = StemProblem(*conv.problem_of(x, weight, bias, mean, None, activation, "", tuple(stride), tuple(padding),
+                                           (1, 1), 1))
+    return backends.run(FAMILY, problem, ConvOperands(x, weight, bias, gamma, beta, mean, var, eps=eps))
 
 
 def reference_of(problem: ConvProblem, o: ConvOperands) -> torch.Tensor:
     """The reference's answer to a problem, in channels_last memory."""
+    o = conv.narrowed(o)
     y = reference(o.x, o.weight, o.bias, o.gamma, o.beta, o.mean, o.var, o.eps, problem.activation, problem.stride,
                   problem.padding)
     return y.contiguous(memory_format=torch.channels_last)

@@ -25,6 +25,8 @@ def refuse(problem: ConvProblem) -> str | None:
         return "cuDNN's fused operators do not run fp64"
     if problem.prologue:
         return "cuDNN's fused operators have no prologue"
+    # Without ReLU there is only aten::cudnn_convolution, which takes no bias: the folded shift would be a second
+    # launch, as the batch norm of stock is, at the price of weights that are rounded once more.
     if problem.activation != "relu":
         return f"cuDNN's fused operators end in ReLU, not {problem.activation}"
     if problem.groups > 1:
