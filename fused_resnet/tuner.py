@@ -232,9 +232,9 @@ class _Judge:
         return {**row, "status": "wrong", "detail": "; ".join(wrong)} if wrong else row
 
 
-def _tensors(result: Any) -> list[torch.Tensor]:
+def _tensors(result: Any) -> tuple[torch.Tensor, ...]:
     """The results of a launch; families of training have several, and some may be absent."""
-    return [t for t in (result if isinstance(result, tuple) else (result,)) if t is not None]
+    return tuple(t for t in (result if isinstance(result, tuple) else (result,)) if t is not None)
 
 
 def _inputs(problem: ConvProblem, operands: Any) -> list[Any]:

@@ -226,7 +226,8 @@ def problem_of(name: str) -> ConvProblem | None:
         first, _, second = (found[field] or str(default)).partition("x")
         return int(first), int(second or first)
 
+    n, h, w, c, k, r, s = (int(found[field]) for field in "NHWCKRS")
     bias, norm, residual = (f"{field}+" in found["flags"] for field in ("bias", "norm", "residual"))
-    return ConvProblem(found["device"], found["dtype"], *(int(found[field]) for field in "NHWCKRS"), pair("stride", 1),
-                       pair("padding", 0), pair("dilation", 1), int(found["groups"] or 1), bias, norm, residual,
-                       found["activation"], found["prologue"] or "")
+    return ConvProblem(found["device"], found["dtype"], n, h, w, c, k, r, s, pair("stride", 1), pair("padding", 0),
+                       pair("dilation", 1), int(found["groups"] or 1), bias, norm, residual, found["activation"],
+                       found["prologue"] or "")

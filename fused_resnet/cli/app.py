@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import typer
 
-from fused_resnet.cli import bench, env, inspect, train, verify
+from fused_resnet.cli import bench, env, inspect, train, tune, verify
 
 app = typer.Typer(name="fused-resnet", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
                   pretty_exceptions_enable=False,
                   help="Convolution, batch norm, residual add and activation in one launch, for ResNets in PyTorch.")
-for command in (bench.bench, verify.verify, inspect.inspect, train.train, env.env):
+for command in (bench.bench, verify.verify, inspect.inspect, tune.tune, train.train, env.env):
     app.command()(command)
 
 
