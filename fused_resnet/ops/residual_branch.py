@@ -63,7 +63,11 @@ class _Branch(torch.autograd.Function):
         if mask is None and spec.stages[-1].activation != "identity":
             mask = y
         reads = shortcut if spec.projection is not None and not ctx.shared else None
-        ctx.save_for_backward(x, reads, mask, *tensors, *kept)
+        # Running statistics that move are none of backward's business, and the next forward writes them.
+        stages = (*spec.stages, *([spec.projection] if spec.projection is not None else []))
+        parts = (part._replace(running_mean=None, running_var=None) if stage.batch else part
+                 for stage, part in zip(stages, _split(tensors, Parts), strict=True))
+        ctx.save_for_backward(x, reads, mask, *(t for part in parts for t in part), *kept)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple:

@@ -40,7 +40,7 @@ def _dtype(x: torch.Tensor) -> str:
     return "tf32" if dtype == "fp32" and x.is_cuda and torch.backends.cudnn.allow_tf32 else dtype
 
 
-def _problem(x: torch.Tensor, stage: Stage, part: Parts, prologue: str) -> ConvProblem:
+def conv_problem(x: torch.Tensor, stage: Stage, part: Parts, prologue: str) -> ConvProblem:
     n, c, h, w = x.shape
     k, _, r, s = part.weight.shape
     return ConvProblem(_device(x), _dtype(x), n, h, w, c, k, r, s, stage.stride, stage.padding, stage.dilation,
@@ -61,7 +61,7 @@ def _prologue(before: Source) -> str:
 
 def convolve(before: Source, stage: Stage, part: Parts) -> torch.Tensor:
     """u alone."""
-    problem = _problem(before.x, stage, part, _prologue(before))
+    problem = conv_problem(before.x, stage, part, _prologue(before))
     return backends.run("conv_bn_act", problem, ConvOperands(before.x, part.weight, part.bias, **_ahead(before)))
 
 
@@ -72,7 +72,7 @@ def statistics(before: Source, stage: Stage, part: Parts, group: Any) -> Source:
     """
     if not stage.batch:
         return Source(convolve(before, stage, part), stage, part, part.running_mean, part.running_var)
-    problem = _problem(before.x, stage, part, _prologue(before))
+    problem = conv_problem(before.x, stage, part, _prologue(before))
     u, mean, var = backends.run("conv_bn_stats", problem, ConvOperands(
         before.x, part.weight, part.bias, mean=part.running_mean, **_ahead(before)))
     count = u.numel() // u.shape[1]
@@ -250,7 +250,7 @@ class _Backward:
         """From the gradient of stage `index` (of its u, or with `u` of its z) down to that of x, where it is needed."""
         while True:
             stage, part, source = self.stage(index), self.parts[index], sources[index]
-            problem = _problem(source.x, stage, part, _prologue(source))._replace(bias=False)
+            problem = conv_problem(source.x, stage, part, _prologue(source))._replace(bias=False)
             own: dict[str, Any] = {}
             if u is not None:
                 _, _, _, mean, var = self.source(index, u)
@@ -274,7 +274,7 @@ class _Backward:
         """The projection's gradients; that of its input joins x's where both are the same tensor."""
         index = len(self.parts) - 1
         part, stage, source = self.parts[index], self.spec.projection, self.projected
-        problem = _problem(source.x, stage, part, "")._replace(bias=False)  # type: ignore
+        problem = conv_problem(source.x, stage, part, "")._replace(bias=False)  # type: ignore
         operands = GradOperands(dr, part.weight, x=source.x, residual=dx if self.shared else None)  # type: ignore
         first = 2 + index * self.width
         if self.needs[first]:
