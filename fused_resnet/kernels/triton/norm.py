@@ -1,0 +1,70 @@
+"""Batch norm in training, as device functions: xhat, its gradient, and the bits of an activation's mask.
+
+    xhat = (u - mean) / sqrt(var + eps)
+    du   = gamma / sqrt(var + eps) * (dz - s0 - xhat * s1)
+
+Formulas and the layout of the bits are those of `ops.bn_act` and `ops.bits`. Arithmetic is fp32 throughout. xhat is
+made by subtraction, not from a folded scale and shift: where |mean| >> std the fold loses the digits that count.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def vector(v, channel, ok, ELSE: tl.constexpr):
+    """A channel's values in fp32; ELSE stands for a vector that is None. `channel` may have any shape."""
+    value = ELSE
+    if v is not None:
+        value = tl.load(v + channel, mask=ok, other=ELSE).to(tl.float32)
+    return value
+
+
+@triton.jit
+def inverse_std(var, eps, channel, ok):
+    """1 / sqrt(var + eps), correctly rounded on a GPU too, where rsqrt would be approximated."""
+    return tl.div_rn(1.0, tl.sqrt_rn(vector(var, channel, ok, 1.0) + eps))
+
+
+@triton.jit
+def normalise(u, mean, inverse):
+    """xhat of `u` in fp32, from a channel's mean and `inverse_std`."""
+    return (u.to(tl.float32) - mean) * inverse
+
+
+@triton.jit
+def through_norm(dz, xhat, scale, s0, s1):
+    """du, where scale is gamma * inverse_std and s0, s1 are the means of dz and of dz * xhat."""
+    return (dz - s0 - xhat * s1) * scale
+
+
+@triton.jit
+def passes(z, KIND: tl.constexpr):
+    """Whether the gradient goes through relu or relu6: True for NaN too, because comparisons with it are false."""
+    stops = z <= 0.0
+    if KIND == "relu6":
+        stops |= z >= 6.0
+    return stops == 0
+
+
+@triton.jit
+def pack_bits(flags):
+    """[rows, 8 * n] flags -> [rows, n] uint8: bit i of byte b is column 8 * b + i."""
+    bits = flags.to(tl.int32).reshape(flags.shape[0], flags.shape[1] // 8, 8)
+    return tl.sum(bits << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
+
+
+@triton.jit
+def unpack_bits(packed):
+    """[rows, n] uint8 -> [rows, 8 * n] flags, the inverse of `pack_bits`."""
+    bits = (packed.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return bits.reshape(packed.shape[0], packed.shape[1] * 8) != 0
+
+
+@triton.jit
+def bit_of(mask, offset, ok):
+    """The flags of the elements at `offset` in memory order, one by one: where a tile's rows end inside of a byte."""
+    byte = tl.load(mask + offset // 8, mask=ok, other=0).to(tl.int32)
+    return ((byte >> (offset % 8).to(tl.int32)) & 1) != 0
