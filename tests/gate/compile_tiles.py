@@ -127,9 +127,12 @@ def report(arch: int, problem: ConvProblem, tile: Tile) -> dict:
         kernel, _, arguments = stem.bind(problem, given, image["y"], y, tile)
         rest = [(second, image, stem.PACK_OPTIONS)]
     else:
-        kernel, _, arguments = conv_bn_act.bind(problem, given, y, tile)
-        second, _, sums = conv_bn_act.bind_finish(arguments) if tile.SPLIT_K > 1 else (None, 0, {})
-        rest = [(second, sums, conv_bn_act.FINISH_OPTIONS)] if second else []
+        sums = conv_bn_act.partial_sums(problem, y, tile)
+        kernel, _, arguments = conv_bn_act.bind(problem, given, y, sums, tile)
+        rest = []
+        if sums is not None:
+            second, _, finish = conv_bn_act.bind_finish(problem, given, y, sums, tile)
+            rest = [(second, finish, conv_bn_act.FINISH_OPTIONS)]
     found = dataclasses.asdict(aot.check(kernel, arguments, arch, tile.options))
     for second, arguments, options in rest:
         other = aot.check(second, arguments, arch, options)

@@ -10,6 +10,7 @@ from fused_resnet.kernels.triton import conv_bn_act as family
 from fused_resnet.kernels.triton import conv_bn_act_tma as tma
 from fused_resnet.kernels.triton import launch
 from fused_resnet.kernels.triton.legal import TMA, Tile, legal
+from fused_resnet.problem import ACTIVATIONS
 from fused_resnet.testing import inputs
 from fused_resnet.testing.cases import CATALOGUE, conv
 from tests.kernels.judge import agree, guarded_run
@@ -19,18 +20,33 @@ DTYPES = ("tf32", "fp16", "bf16") if torch.cuda.is_available() else ("fp32", "fp
 ARCH = 90
 KINDS = {
     "gemm1x1": [Tile("gemm1x1", 64, 16, 16), Tile("gemm1x1", 64, 64, 32)],
+    "gemm1x1 swap": [Tile("gemm1x1", 64, 64, 16, SWAP=True)],
+    "gemm1x1 split": [Tile("gemm1x1", 64, 16, 16, SPLIT_K=2), Tile("gemm1x1", 64, 64, 16, SWAP=True, SPLIT_K=2)],
     "box": [Tile("box", 64, 16, 16), Tile("box", 64, 64, 16)],
+    "box swap": [Tile("box", 64, 64, 16, SWAP=True)],
+    "box split": [Tile("box", 64, 16, 16, SPLIT_K=2), Tile("box", 64, 64, 16, SWAP=True, SPLIT_K=4)],
     "split": [Tile("gemm", 64, 16, 16, SPLIT_K=2), Tile("gemm", 64, 32, 16, SPLIT_K=7)],
     "grouped": [Tile("grouped", 64, 16, 16), Tile("grouped", 64, 32, 32), Tile("grouped", 64, 32, 16),
                 Tile("grouped", 64, 16, 32)],
 }
 # Several tiles in every direction, none of them full; strides that take each remainder; lone rows and columns.
+POINTWISE = [conv(40, 72, (9, 8), 1, n=3, residual=True), conv(24, 24, 13, 1, n=1, bias=True, norm=False),
+             *[conv(32, 24, 5, 1, n=3, residual=True, activation=activation) for activation in ACTIVATIONS]]
+WINDOWS = [conv(32, 24, (9, 11), n=3, residual=True), conv(16, 24, (10, 14), 3, n=3, stride=2, residual=True),
+           conv(16, 40, (9, 12), (2, 5), stride=(3, 2), padding=(4, 3)),
+           conv(16, 16, (12, 9), 3, dilation=(3, 2), stride=(2, 1), bias=True, norm=False),
+           conv(16, 16, (1, 70), (1, 7)), conv(16, 16, (16, 8), 7, stride=2),
+           *[conv(16, 24, 5, residual=True, activation=activation) for activation in ACTIVATIONS]]
 MORE = {
-    "gemm1x1": [conv(40, 72, (9, 8), 1, n=3, residual=True), conv(16, 24, 13, 1, n=1, bias=True, norm=False)],
-    "box": [conv(32, 24, (9, 11), n=3, residual=True), conv(16, 24, (10, 14), 3, n=3, stride=2, residual=True),
-            conv(16, 16, (9, 7), 1, stride=2, padding=0), conv(16, 40, (9, 12), (2, 5), stride=(3, 2), padding=(4, 3)),
-            conv(16, 16, (12, 9), 3, dilation=(3, 2), stride=(2, 1)), conv(16, 16, (1, 70), (1, 7)),
-            conv(16, 16, (16, 8), 7, stride=2), conv(16, 16, 1, 1, n=70)],
+    "gemm1x1": [*POINTWISE, *[conv(40, 24, 5, 1, prologue=activation) for activation in ACTIVATIONS]],
+    "gemm1x1 swap": POINTWISE, "gemm1x1 split": [*POINTWISE, conv(40, 24, 5, 1, prologue="silu")],
+    "box": [*WINDOWS, *[conv(16, 16, size, 1, stride=2, padding=0) for size in ((9, 7), (8, 6))],
+            conv(16, 16, 1, 1, n=70), conv(64, 32, (5, 7), groups=2, residual=True),
+            conv(32, 64, (6, 10), groups=2, stride=2, prologue="relu"),
+            *[conv(16, 24, 5, prologue=activation, residual=True) for activation in ACTIVATIONS]],
+    "box swap": [*WINDOWS, *[conv(16, 64, size, 1, stride=2, padding=0) for size in ((9, 7), (8, 6))],
+                 conv(32, 128, 5, groups=2)],
+    "box split": [*WINDOWS, conv(64, 32, (5, 7), groups=2, residual=True, prologue="relu")],
     "split": [conv(32, 24, (9, 11), residual=True), conv(48, 40, 6, 1, n=3, activation="silu")],
     "grouped": [conv(64, 64, (9, 7), groups=16, residual=True), conv(32, 64, 6, groups=8, stride=2),
                 conv(64, 32, 5, groups=16, dilation=2, prologue="relu"), conv(16, 16, 7, 5, groups=2),

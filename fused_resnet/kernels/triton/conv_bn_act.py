@@ -170,6 +170,7 @@ def finish_split(sums, y, residual, bias, gamma, beta, mean, var, eps, M, K: tl.
     pid = tl.program_id(0)
     if WIDE:
         pid = pid.to(tl.int64)
+        M = M.to(tl.int64)
     m = (pid // TILES * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     k = (pid % TILES * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     ok = (m < M) & (k < K)
@@ -246,28 +247,36 @@ def packed_weight(operands: ConvOperands) -> torch.Tensor:
     return packed(("krsc", dtype), (weight,), lambda: weight.detach().to(dtype, memory_format=torch.channels_last))
 
 
-def bind(problem: ConvProblem, operands: ConvOperands, y: torch.Tensor, tile: Tile) -> tuple[Any, int, dict[str, Any]]:
+def bind(problem: ConvProblem, operands: ConvOperands, y: torch.Tensor, sums: torch.Tensor | None,
+         tile: Tile) -> tuple[Any, int, dict[str, Any]]:
     """The kernel, the number of programs and the arguments of the launch that writes `y`, or the parts of its sums."""
     operands = operands._replace(weight=packed_weight(operands))
     if tile.kernel in TMA:
-        return tma.bind(problem, operands, y, tile)
+        return tma.bind(problem, operands, y, sums, tile)
     arguments = operands._asdict() | {"y": y} | constants(problem, tile)
     del arguments["reuse"]
     pixels = arguments["M"]
     if tile.kernel == "depthwise":
         return conv_depthwise, cdiv(pixels, tile.BLOCK_M) * cdiv(problem.K, tile.BLOCK_N), arguments
-    parts = (tile.SPLIT_K, pixels, problem.K)
-    arguments["sums"] = torch.empty(parts, dtype=torch.float32, device=y.device) if tile.SPLIT_K > 1 else None
     groups = arguments["GROUPS"]
     programs = cdiv(pixels, tile.BLOCK_M) * groups * cdiv(problem.K // groups, tile.BLOCK_N) * tile.SPLIT_K
-    return conv_gemm, programs, arguments
+    return conv_gemm, programs, arguments | {"sums": sums}
 
 
-def bind_finish(arguments: dict[str, Any]) -> tuple[Any, int, dict[str, Any]]:
-    """The launch that follows a split reduction, from the arguments of that one."""
-    blocks = {"BLOCK_M": 16, "BLOCK_N": 64}
-    programs = cdiv(arguments["M"], blocks["BLOCK_M"]) * cdiv(arguments["K"], blocks["BLOCK_N"])
-    return finish_split, programs, {name: arguments[name] for name in finish_split.arg_names} | blocks
+def partial_sums(problem: ConvProblem, y: torch.Tensor, tile: Tile) -> torch.Tensor | None:
+    """[SPLIT_K, M, K] in fp32 for the parts of a split reduction; None of one that is not split."""
+    if tile.SPLIT_K == 1:
+        return None
+    return torch.empty((tile.SPLIT_K, problem.N * problem.P * problem.Q, problem.K), dtype=torch.float32,
+                       device=y.device)
+
+
+def bind_finish(problem: ConvProblem, operands: ConvOperands, y: torch.Tensor, sums: torch.Tensor,
+                tile: Tile) -> tuple[Any, int, dict[str, Any]]:
+    """The launch that follows a split reduction."""
+    arguments = operands._asdict() | constants(problem, tile) | {"y": y, "sums": sums, "BLOCK_M": 16, "BLOCK_N": 64}
+    programs = cdiv(arguments["M"], arguments["BLOCK_M"]) * cdiv(problem.K, arguments["BLOCK_N"])
+    return finish_split, programs, {name: arguments[name] for name in finish_split.arg_names}
 
 
 def candidates(problem: ConvProblem, arch: int | None = None) -> list[Tile]:
@@ -308,8 +317,8 @@ def forward(problem: ConvProblem, operands: ConvOperands, tile: Tile | None = No
         tile = pick(problem, arch)
     y = torch.empty(problem.output_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if y.numel():
-        kernel, programs, arguments = bind(problem, operands, y, tile)
-        launch(kernel, programs, arguments, x.device, tile.options)
-        if tile.SPLIT_K > 1:
-            launch(*bind_finish(arguments), x.device, FINISH_OPTIONS)
+        sums = partial_sums(problem, y, tile)
+        launch(*bind(problem, operands, y, sums, tile), x.device, tile.options)
+        if sums is not None:
+            launch(*bind_finish(problem, operands, y, sums, tile), x.device, FINISH_OPTIONS)
     return y

@@ -29,10 +29,10 @@ def activate(v, KIND: tl.constexpr):
 def fold(bias, gamma, beta, mean, var, eps, channel, ok):
     """Scale and shift with `v * scale + shift == (v + bias - mean) * gamma / sqrt(var + eps) + beta`.
 
-    Vectors that are None are left out. `channel` may have any shape; loads are masked with `ok`.
+    Vectors that are None are left out, and what nothing remains of is a plain number. `channel` may have any shape;
+    loads are masked with `ok`. Gluon kernels call this and `activate` too, so neither makes a tensor without a layout.
     """
-    shift = tl.zeros(channel.shape, tl.float32)
-    scale = shift + 1.0
+    scale, shift = 1.0, 0.0
     if bias is not None:
         shift = tl.load(bias + channel, mask=ok, other=0.0).to(tl.float32)
     if var is not None:
@@ -58,11 +58,29 @@ def finish(acc, y, residual, offset, ok, bias, gamma, beta, mean, var, eps, chan
 
 
 @triton.jit
-def finish_block(acc, y, residual, at, bias, gamma, beta, mean, var, eps, k, K, ACTIVATION: tl.constexpr):
-    """`finish` through tensor descriptors: stores the block at coordinates `at`, whose channels start with `k`."""
-    channel = k + tl.arange(0, acc.shape[1])[None, :]
+def finish_block(acc, y, residual, at, bias, gamma, beta, mean, var, eps, k, K, ACTIVATION: tl.constexpr,
+                 SWAP: tl.constexpr):
+    """`finish` through tensor descriptors: stores the block at coordinates `at`, whose channels start with `k`.
+
+    With SWAP the channels are the rows of `acc`: scale and shift are then few values a thread, and the block is
+    transposed on its way to shared memory, from where it leaves.
+    """
+    channel = k + tl.arange(0, acc.shape[0 if SWAP else 1])
+    channel = channel[:, None] if SWAP else channel[None, :]
     scale, shift = fold(bias, gamma, beta, mean, var, eps, channel, channel < K)
     acc = acc * scale + shift
     if residual is not None:
-        acc += residual.load(at).reshape(acc.shape).to(tl.float32)
-    y.store(at, activate(acc, ACTIVATION).to(y.dtype).reshape(y.block_shape))
+        other = residual.load(at)
+        if SWAP:
+            acc += other.reshape(acc.shape[1], acc.shape[0]).T.to(tl.float32)
+        else:
+            acc += other.reshape(acc.shape).to(tl.float32)
+    store_block(activate(acc, ACTIVATION).to(y.dtype), y, at, SWAP)
+
+
+@triton.jit
+def store_block(block, y, at, SWAP: tl.constexpr):
+    """Stores [pixels, channels], with SWAP [channels, pixels], as the block of descriptor `y` at coordinates `at`."""
+    if SWAP:
+        block = block.T
+    y.store(at, block.reshape(y.block_shape))

@@ -11,6 +11,8 @@ from fused_resnet.problem import ELEMENT_BYTES, ConvProblem
 SHARED_LIMIT = {80: 166912, 86: 101376, 90: 232448}
 # Kernels that reach memory through tensor descriptors.
 TMA = ("gemm1x1", "box")
+# Coordinates of tensor descriptors have 32 bits, and the last block reaches beyond the tensor.
+LARGEST_COORDINATE = 2**31 - 1024
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,14 @@ class Tile:
             return 0
         element = ELEMENT_BYTES[problem.dtype]
         step = (self.BLOCK_M + self.BLOCK_N) * element + 16 * bool(problem.prologue)
-        if self.kernel in TMA:
-            # The output leaves from shared memory; of a tile with one step the loads, the residual's too, overlap
-            # with the tile before. Barriers and alignment take less than 1 KiB.
-            blocks = 1 + (problem.residual and self.steps(problem) == 1)
-            return step * self.BLOCK_K * self.num_stages + blocks * self.BLOCK_M * self.BLOCK_N * element + 1024
-        return step * self.BLOCK_K * self.num_stages
+        pipeline = step * self.BLOCK_K * self.num_stages
+        if self.kernel not in TMA:
+            return pipeline
+        # The output leaves from shared memory. A persistent program loads the next tile meanwhile, and where a tile
+        # has one step, the residual too. Barriers and alignment take less than 1 KiB.
+        block = self.BLOCK_M * self.BLOCK_N * (element if self.SPLIT_K == 1 else 4)
+        blocks = block * (1 + (problem.residual and self.steps(problem) == 1))
+        return (pipeline + blocks if self.kernel == "gemm1x1" else max(pipeline, block * (1 + problem.residual))) + 1024
 
     def steps(self, problem: ConvProblem) -> int:
         """Products of BLOCK_K elements that one tile sums up."""
@@ -127,8 +131,8 @@ def legal(tile: Tile, problem: ConvProblem, arch: int) -> str | None:
     sums = tile.BLOCK_M * tile.BLOCK_N // (32 * tile.num_warps)
     if sums > 128:
         return f"{sums} sums in the registers of one thread, more than 128"
-    if tile.SPLIT_K != 1 and (tile.kernel != "gemm" or not 1 <= tile.SPLIT_K <= tile.steps(problem)):
-        return f"SPLIT_K={tile.SPLIT_K} of {tile.steps(problem)} steps: only the gemm kernel shares its steps out"
+    if tile.SPLIT_K != 1 and (tile.kernel not in ("gemm", *TMA) or not 1 <= tile.SPLIT_K <= tile.steps(problem)):
+        return f"SPLIT_K={tile.SPLIT_K} of {tile.steps(problem)} steps of the kernel {tile.kernel}"
     if tile.SWAP and problem.prologue:
         return "a prologue needs the pixels as the first operand, which wgmma can read from registers"
     if tile.instruction(problem.dtype, arch) == "HGMMA":
@@ -159,17 +163,20 @@ def _legal_tma(tile: Tile, problem: ConvProblem, arch: int) -> str | None:
         return f"tensor descriptors are used on sm_90, not on sm_{arch}"
     if p.dtype == "fp32" and p.device == "cuda":
         return "fp32 without tensor cores spills registers here"
-    if p.residual and tile.BLOCK_M * tile.BLOCK_N > 128 * 128:
+    if p.residual and tile.SPLIT_K == 1 and not tile.SWAP and tile.BLOCK_M * tile.BLOCK_N > 128 * 128:
         return f"{tile.BLOCK_M} x {tile.BLOCK_N} sums and a residual's block spill registers"
-    if p.groups > 1 or p.prologue or tile.SWAP:
-        return "the kernels with tensor descriptors have no groups, no prologue and no SWAP"
-    if (p.C * ELEMENT_BYTES[p.dtype]) % 16 or (p.K * ELEMENT_BYTES[p.dtype]) % 16:
+    cg, kg = p.C // p.groups, p.K // p.groups
+    if any((channels * ELEMENT_BYTES[p.dtype]) % 16 for channels in (p.C, p.K)):
         return f"{p.C} -> {p.K} channels of {p.dtype} are not multiples of 16 bytes"
+    if max(p.N * p.P * p.Q, p.depth, p.stride[1] * p.C) > LARGEST_COORDINATE:
+        return "a coordinate of a tensor descriptor has 32 bits"
     if tile.kernel == "gemm1x1":
-        single = p.R * p.S == 1 and p.stride == (1, 1) and p.padding == (0, 0)
-        return None if single else "gemm1x1 needs one tap, stride 1 and no padding"
-    if p.C % tile.BLOCK_K:
-        return f"BLOCK_K={tile.BLOCK_K} does not divide {p.C} channels: a box would reach into the next tap"
+        single = p.R * p.S == p.groups == 1 and p.stride == (1, 1) and p.padding == (0, 0)
+        return None if single else "gemm1x1 needs one tap, one group, stride 1 and no padding"
+    if cg % tile.BLOCK_K:
+        return f"BLOCK_K={tile.BLOCK_K} does not divide {cg} channels: a box would reach into the next tap"
+    if p.groups > 1 and kg % tile.BLOCK_N:
+        return f"BLOCK_N={tile.BLOCK_N} does not divide the {kg} channels of a group"
     for size, taps, stride, pad in zip((p.H, p.W), (p.R, p.S), p.stride, p.padding, strict=True):
         if size % stride and (taps > 1 or pad):
             return f"stride {stride} does not divide {size}: rows or columns of a view would be of another line"

@@ -135,33 +135,60 @@ def pick(problem: ConvProblem, arch: int) -> Tile:
     return tile
 
 
+# Pixels, channels, SWAP of the tiles of "gemm1x1" and "box" worth measuring. Swapped ones read both operands of
+# wgmma from shared memory, a box of pixels too; the others send a box through registers, which a prologue needs.
+_DESCRIPTOR_SHAPES = ((256, 64, True), (256, 128, True), (128, 64, True), (128, 128, True), (64, 64, False),
+                      (128, 64, False), (128, 128, False), (256, 64, False), (128, 256, False), (256, 128, False))
+
+
 def candidates(problem: ConvProblem, arch: int) -> list[Tile]:
     """The shipped tile first, then every other tile that is legal and not much larger than the problem.
 
     None of them has been measured when this is asked: it is what tuning measures.
     """
     base = pick(problem, arch)
-    k, grid = min(base.BLOCK_K, 64), []
     if problem.depthwise:
         grid = [replace(base, BLOCK_M=m, BLOCK_N=n) for m in (16, 32, 64) for n in (32, 64, 128)]
     else:
-        for m, n, depth, swap in itertools.product((64, 128, 256), (32, 64, 128, 256), {k, min(k, 32)}, (False, True)):
-            warps = 8 if m * n > 128 * 128 else 4
-            if n < 2 * problem.K // problem.groups and m * n >= 4096 and (not swap or n == 64):
-                grid.append(Tile("gemm", m, n, depth, warps, 4, SWAP=swap))
-        kernel = "gemm1x1" if legal(Tile("gemm1x1", 64, 64, k), problem, arch) is None else "box"
-        for m, n in ((64, 64), (128, 64), (256, 64), (128, 128), (128, 256), (256, 128)):
-            if n < 2 * problem.K:
-                grid += [Tile(kernel, m, n, k, 8 if m * n >= 128 * 128 else 4, stages) for stages in (3, 4)]
-        if bucket(problem, arch) == "few":
-            grid += [replace(base, SPLIT_K=parts) for parts in (1, 2, 4, 8, 16)]
-        if problem.groups > 1:
-            grid += [replace(row("grouped", arch, problem.dtype, "grouped"), BLOCK_M=m) for m in (64, 128)]
-        if base.kernel == "grouped":
-            narrow = "thin" if problem.K // problem.groups <= 16 else "slim"
-            grid += [replace(base, BLOCK_M=m, num_warps=warps) for m in (64, 128, 256) for warps in (4, 8)]
-            grid.append(row("gemm", arch, problem.dtype, narrow))
-        grid += [replace(base, num_stages=stages) for stages in (2, 3, 5)] + [replace(base, num_warps=8)]
+        grid = [tile for tile in _descriptor_candidates(problem, arch) if legal(tile, problem, arch) is None]
+        depths = {min(base.BLOCK_K, size) for size in ((64,) if grid else (32, 64))}
+        grid += _gather_candidates(problem, base, arch, depths)
     same = {tuple(asdict(replace(tile, label="")).values()): tile for tile in [*grid, base]}
     rest = [tile for tile in same.values() if tile != base and legal(tile, problem, arch) is None]
     return [base, *rest]
+
+
+def _gather_candidates(problem: ConvProblem, base: Tile, arch: int, depths: set[int]) -> list[Tile]:
+    kg, grid = problem.K // problem.groups, []
+    for m, n, depth, swap in itertools.product((64, 128, 256), (32, 64, 128, 256), depths, (False, True)):
+        warps = 8 if m * n > 128 * 128 else 4
+        if n < 2 * kg and m * n >= 4096 and (not swap or n == 64):
+            grid.append(Tile("gemm", m, n, depth, warps, 4, SWAP=swap))
+    if bucket(problem, arch) == "few":
+        grid += [replace(base, SPLIT_K=parts) for parts in (1, 2, 4, 8, 16)]
+    if problem.groups > 1:
+        grid += [replace(row("grouped", arch, problem.dtype, "grouped"), BLOCK_M=m) for m in (64, 128)]
+    if base.kernel == "grouped":
+        grid += [replace(base, BLOCK_M=m, num_warps=warps) for m in (64, 128, 256) for warps in (4, 8)]
+        grid.append(row("gemm", arch, problem.dtype, "thin" if kg <= 16 else "slim"))
+    return grid + [replace(base, num_stages=stages) for stages in (2, 3, 5)] + [replace(base, num_warps=8)]
+
+
+def _descriptor_candidates(problem: ConvProblem, arch: int) -> list[Tile]:
+    p = problem
+    kg = p.K // p.groups
+    k = _line(p)
+    kernel = "gemm1x1" if legal(Tile("gemm1x1", 64, 64, k), p, arch) is None else "box"
+    grid = [Tile(kernel, m, n, k, 8 if m * n >= 128 * 128 and (m, n) != (256, 64) else 4, stages, SWAP=swap)
+            for (m, n, swap), stages in itertools.product(_DESCRIPTOR_SHAPES, (3, 4)) if n < 2 * kg]
+    if p.groups > 1 and kg < 64:
+        grid += [Tile(kernel, m, kg & -kg, k, 4, stages) for m in (128, 256) for stages in (3, 4)]
+    if bucket(p, arch) == "few":
+        grid += [Tile(kernel, m, 64, k, 4, 4, SWAP=m > 64, SPLIT_K=parts) for m in (64, 128) for parts in (2, 4, 8, 16)]
+    return grid
+
+
+def _line(problem: ConvProblem) -> int:
+    """BLOCK_K of tiles that load through descriptors: 128 bytes are one line of the hardware's swizzle."""
+    cg = problem.C // problem.groups
+    return max(16, min(64 if dtype_class(problem.dtype) == "half" else 32, cg & -cg))

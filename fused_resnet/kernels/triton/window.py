@@ -39,6 +39,33 @@ def advance(r, s, c, CG: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BLOCK_K
 
 
 @triton.jit
+def corner(tile, TILES: tl.constexpr, TILES_P, TILES_Q, NB: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
+           BLOCK_N: tl.constexpr):
+    """First image, row, column and channel of a box of the output; the channels of one box follow each other."""
+    row = tile // TILES // TILES_Q
+    return row // TILES_P * NB, row % TILES_P * TH, tile // TILES % TILES_Q * TW, tile % TILES * BLOCK_N
+
+
+@triton.jit
+def tap(r, s, c, p, q, C: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr,
+        PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr):
+    """Where one tap's box of x begins, in the view that splits rows and columns by the stride; all but the image."""
+    # Whole strides that cover the padding: quotients are taken of what is not negative.
+    LEAD_H: tl.constexpr = (PAD_H + STRIDE_H - 1) // STRIDE_H
+    LEAD_W: tl.constexpr = (PAD_W + STRIDE_W - 1) // STRIDE_W
+    h = r * DIL_H + (LEAD_H * STRIDE_H - PAD_H)
+    w = s * DIL_W + (LEAD_W * STRIDE_W - PAD_W)
+    return p + h // STRIDE_H - LEAD_H, h % STRIDE_H, q + w // STRIDE_W - LEAD_W, w % STRIDE_W * C + c
+
+
+@triton.jit
+def turn(slot, phase, SLOTS: tl.constexpr):
+    """The next buffer of a ring, and the parity of the round that it is for."""
+    around = (slot + 1) // SLOTS
+    return slot + 1 - around * SLOTS, phase ^ around
+
+
+@triton.jit
 def elementwise(x, weight, m, k, inside, pre_gamma, pre_beta, pre_mean, pre_var, pre_eps, H, W, P, Q,
                 C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr,
                 STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
