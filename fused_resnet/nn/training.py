@@ -24,8 +24,8 @@ NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 class Unit(NamedTuple):
     """A convolution, the norm behind it and the activation's name; the last one's follows the add."""
 
-    conv: nn.Module
-    norm: nn.Module
+    conv: Any  # torch.nn.Conv2d
+    norm: Any
     activation: str
 
 
@@ -110,8 +110,8 @@ def _shape(shape: tuple[int, ...] | None, unit: Unit, dtype: torch.dtype, x: tor
         return None
     stride, padding, dilation, groups = conv.stride, conv.padding, conv.dilation, conv.groups
     k, cg, r, s = weight.shape
-    fits = (shape[1] == cg * groups and k % groups == 0 and min(*stride, *dilation) > 0  # type: ignore[misc,operator]
-            and min(padding) >= 0 and weight.device == x.device  # type: ignore[type-var]
+    fits = (shape[1] == cg * groups and k % groups == 0 and min(*stride, *dilation) > 0
+            and min(padding) >= 0 and weight.device == x.device
             and (weight.dtype is dtype or torch.is_autocast_enabled(x.device.type) and weight.dtype in NAMES
                  and weight.dtype is not torch.float64)
             and (bias is None or bias.dtype is weight.dtype and bias.shape == (k,) and bias.device == x.device)
@@ -119,28 +119,29 @@ def _shape(shape: tuple[int, ...] | None, unit: Unit, dtype: torch.dtype, x: tor
     if not fits:
         return None
     p, q = ((size + 2 * pad - dil * (taps - 1) - 1) // step + 1 for size, taps, step, pad, dil in zip(
-        shape[2:], (r, s), stride, padding, dilation, strict=True))  # type: ignore[arg-type]
+        shape[2:], (r, s), stride, padding, dilation, strict=True))
     if p < 1 or q < 1 or not shape[0] or takes_batch(unit.norm) and shape[0] * p * q < 2:
         return None
     return shape[0], k, p, q
 
 
-def _vectors_fit(norm: nn.Module, size: int, dtype: torch.dtype, x: torch.Tensor) -> bool:
+def _vectors_fit(norm: Any, size: int, dtype: torch.dtype, x: torch.Tensor) -> bool:
     """Whether stock takes the norm's vectors beside data of `dtype` and answers in it."""
     vectors = [*norm._parameters.values(), *(norm._buffers.get(name) for name in ("weight", "bias", "running_mean",
                                                                                    "running_var"))]
     present = [v for v in vectors if v is not None]
     kinds = {v.dtype for v in present}
     narrow = dtype in (torch.float16, torch.bfloat16) and not guards.is_frozen(norm)
-    return (len(kinds) <= 1 and kinds <= ({dtype, torch.float32} if narrow else {dtype}) and norm.eps > 0
+    return bool(len(kinds) <= 1 and kinds <= ({dtype, torch.float32} if narrow else {dtype}) and norm.eps > 0
             and all(v.shape == (size,) and v.device == x.device and type(v) in guards.TENSORS for v in present))
 
 
-def takes_batch(norm: nn.Module) -> bool:
+def takes_batch(norm: Any) -> bool:
     """Whether the norm would normalise with the statistics of the batch."""
     if guards.is_frozen(norm):
         return False
-    return norm.training or norm._buffers.get("running_mean") is None and norm._buffers.get("running_var") is None
+    buffers = norm._buffers
+    return norm.training or buffers.get("running_mean") is None and buffers.get("running_var") is None
 
 
 def _group(units: Sequence[Unit], x: torch.Tensor, given: Any) -> tuple[Any, bool]:
@@ -178,5 +179,5 @@ def _stage(unit: Unit, dtype: torch.dtype) -> tuple[Parts, Stage]:
     affine = norm._buffers if "weight" in norm._buffers else norm._parameters
     parts = Parts(weight.to(dtype), None if bias is None else bias.to(dtype), affine.get("weight"),  # type: ignore
                   affine.get("bias"), mean, var)
-    return parts, Stage(conv.stride, conv.padding, conv.dilation, conv.groups, norm.eps, batch,  # type: ignore[arg-type]
+    return parts, Stage(conv.stride, conv.padding, conv.dilation, conv.groups, norm.eps, batch,
                         momentum, unit.activation)

@@ -32,8 +32,8 @@ def _normalise(u: torch.Tensor, stage: Stage, part: Parts) -> tuple[torch.Tensor
     z, mean, invstd, reserve, kernel = torch._batch_norm_impl_index(
         u, part.gamma, part.beta, part.running_mean, part.running_var, stage.batch, stage.momentum, stage.eps,
         torch.backends.cudnn.enabled)
-    ours = (mean, None, invstd) if stage.batch else (None, None, None)
-    return z, Kept(u, None, *ours, reserve if reserve.numel() else None, torch.tensor(kernel))
+    kept = Kept(u, None, None, reserve=reserve if reserve.numel() else None, kernel=torch.tensor(kernel))
+    return z, kept._replace(mean=mean, invstd=invstd) if stage.batch else kept
 
 
 def _again(u: torch.Tensor, stage: Stage, part: Parts, kept: Kept) -> torch.Tensor:

@@ -62,7 +62,8 @@ def blocks(dtype=torch.float64):
         part(6, 5, dtype=dtype), part(5, 7, dtype=dtype), part(6, 7, 1, dtype=dtype)], "input")
     made["grouped-relu6"] = ([stage(1, activation="relu6"), stage(3, groups=2, activation="relu6"), stage(1)], None, [
         part(6, 4, 1, dtype=dtype), part(4, 4, 3, dtype=dtype, groups=2), part(4, 6, 1, dtype=dtype)], "x")
-    made["frozen-inside"] = ([stage(1), stage(3, batch=False), stage(1)], stage(1, batch=False, activation="identity"), [
+    fixed = stage(1, batch=False, activation="identity")
+    made["frozen-inside"] = ([stage(1), stage(3, batch=False), stage(1)], fixed, [
         part(6, 4, 1, dtype=dtype), part(4, 4, 3, dtype=dtype, bias=True, affine=False), part(4, 6, 1, dtype=dtype),
         part(6, 6, 1, dtype=dtype, bias=True)], "x")
     made["frozen-end"] = ([stage(3), stage(3, batch=False)], None, [
@@ -191,7 +192,7 @@ def test_checkpointing_and_accumulation(name):
     from torch.utils.checkpoint import checkpoint
 
     torch.manual_seed(0)
-    stages, projection, parts, adds = blocks()[name]
+    stages, projection, parts, _ = blocks()[name]
     spec = Branch(tuple(stages), projection, True)
     x, _ = given("x", stages)
     stock_parts = [Parts(*map(twin, p)) for p in parts]
