@@ -19,7 +19,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -72,7 +72,7 @@ def candidates(family: str, problem: ConvProblem) -> list[Candidate]:
 
 
 def measure(family: str, problem: ConvProblem, operands: Any, budget: float = SECONDS,
-            on_progress: Progress | None = None) -> list[dict[str, Any]]:
+            on_progress: Progress | None = None, ways: Sequence[Candidate] | None = None) -> list[dict[str, Any]]:
     """Judges and times every candidate.
 
     Args:
@@ -82,6 +82,7 @@ def measure(family: str, problem: ConvProblem, operands: Any, budget: float = SE
         budget: seconds. When `PREPARING` of it is used the candidates that are left are not prepared and have no
             row; stock and one kernel of each backend always have.
         on_progress: receives the share of the work that is done.
+        ways: what to measure, stock first; by default all `candidates`.
 
     Returns:
         A row for each candidate: backend; tile (dict or None); status "ok", "wrong" or "failed"; detail, why it is not
@@ -95,7 +96,7 @@ def measure(family: str, problem: ConvProblem, operands: Any, budget: float = SE
     end, tell = time.perf_counter() + budget, on_progress or (lambda share: None)
     here = torch.cuda.device(operands.x.device) if operands.x.is_cuda else contextlib.nullcontext()
     with torch.no_grad(), here:
-        pool, ways = _inputs(problem, operands), candidates(family, problem)
+        pool, ways = _inputs(problem, operands), ways or candidates(family, problem)
         judge = _Judge(family, problem, operands._replace(reuse=False))
         rows: list[dict[str, Any]] = []
         calls: dict[int, timing.Call] = {}
