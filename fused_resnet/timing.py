@@ -129,8 +129,16 @@ def matmul_peak(dtype: torch.dtype, device: str = "cpu") -> float:
     return max(peak, _best_rate(lambda _: torch.conv2d(x, w, padding=1), 2 * 8 * 28 * 28 * 256 * 256 * 9, device))
 
 
-def _best_rate(call: Call, flops: int, device: str) -> float:
-    """GFLOP/s of the fastest of sixteen calls."""
+def copy_bandwidth(device: str = "cpu") -> float:
+    """Measured GB/s of a copy that exceeds every cache, bytes read and bytes written, the best of many runs."""
+    size = max(1 << 30 if device == "cuda" else 1 << 27, 4 * cache_bytes(device))
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    return _best_rate(lambda _: target.copy_(source), 2 * size, device)
+
+
+def _best_rate(call: Call, work: int, device: str) -> float:
+    """Billions a second, of whatever `work` counts, in the fastest of sixteen calls."""
     def once() -> float:
         if device == "cuda":
             return _time_cuda(call, None, None)
@@ -138,7 +146,7 @@ def _best_rate(call: Call, flops: int, device: str) -> float:
         call(None)
         return (time.perf_counter() - start) * 1e3
 
-    return flops / min(once() for _ in range(16)) / 1e6
+    return work / min(once() for _ in range(16)) / 1e6
 
 
 class PeakMemory:

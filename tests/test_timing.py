@@ -73,3 +73,9 @@ def test_peak_memory_sees_what_was_freed_inside():
 
 def test_matmul_peak_is_positive():
     assert timing.matmul_peak(torch.float32) > 0
+
+
+def test_copy_bandwidth_counts_both_directions(monkeypatch):
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 0)
+    monkeypatch.setattr(timing, "_best_rate", lambda call, work, device: call(None) is not None and work)
+    assert timing.copy_bandwidth() == 2 << 27

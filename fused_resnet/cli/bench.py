@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from fused_resnet.bench import launches, pictures, plots, providers, results, session
+from fused_resnet.bench import layers as rooflines
 from fused_resnet.cli import console, models
 
 CALIBRATION = 16
@@ -27,6 +28,8 @@ def bench(
     weights: Annotated[Path | None, typer.Option(help="state dict for the model (one model only)")] = None,
     images: Annotated[Path | None, typer.Option(help="folder of pictures; default: scikit-image's")] = None,
     size: Annotated[int, typer.Option(help="edge of the input in pixels", min=8)] = pictures.SIZE,
+    layers: Annotated[bool, typer.Option("--layers", help="each distinct launch of the fused model by itself, beside "
+                                         "its roofline, in place of whole models")] = False,
     budget: Annotated[float, typer.Option(help="seconds; the slow compilers are dropped first", min=0)] = 225,
     threads: Annotated[int | None, typer.Option(help="PyTorch's thread count")] = None,
     out: Annotated[Path | None, typer.Option(help="folder; default: benchmarks/results/<machine>")] = None,
@@ -50,6 +53,9 @@ def bench(
                            weights=str(weights) if weights else "random, batch norms calibrated on the pictures")
     sheet = _Sheet(folder / "bench.json", record)
     work = session.jobs(list(built), batches, todo, [where])
+    if layers:
+        _layers(work, built, photographs, sheet, started + budget, quiet)
+        return 0
     wrong = 0
     with console.progress(len(work), quiet) as show:
         done = 0
@@ -77,6 +83,24 @@ def _prepare(built: dict[str, nn.Module], weights: Path | None, photographs: tor
             console.say(f"{name}: {said[0]}", quiet)
 
 
+def _layers(work: list[session.Job], built: dict[str, nn.Module], photographs: torch.Tensor, sheet: _Sheet,
+            end: float, quiet: bool) -> None:
+    """One table a job; each dtype's ceilings are measured once."""
+    ceilings: dict[tuple[str, str], rooflines.Ceilings] = {}
+    with console.progress(len(work), quiet) as show:
+        for done, job in enumerate(work):
+            key = (job.dtype, job.device)
+            if key not in ceilings:
+                show(f"{job}: ceilings", done)
+                ceilings[key] = rooflines.Ceilings.measure(*key)
+            share = (end - time.perf_counter()) / (len(work) - done)
+            found = rooflines.measure(job, built[job.model], photographs, ceilings[key], share,
+                                      lambda what, part, done=done: show(what, done + part))  # type: ignore[misc]
+            sheet.add([layer.row for layer in found])
+            console.out.print(layer_table(job, found, ceilings[key]))
+    console.say(f"{len(sheet.record.rows)} rows in {sheet.path}", quiet)
+
+
 class _Sheet:
     """The results file, written after every group. Groups that this run does not measure are kept.
 
@@ -95,8 +119,8 @@ class _Sheet:
             results.save(before, path.with_name("bench.previous.json"))
 
     def add(self, rows: list[results.Row]) -> None:
-        groups = {row.group for row in rows}
-        self.record.rows = [row for row in self.record.rows if row.group not in groups] + rows
+        groups = {(row.level, row.group) for row in rows}
+        self.record.rows = [row for row in self.record.rows if (row.level, row.group) not in groups] + rows
         results.save(self.record, self.path)
 
 
@@ -121,6 +145,29 @@ def table(group: session.Group) -> Table:
                       _number(row.vs_stock, ".2f"), _number(row.rel_error, ".1e"), _number(row.roofline_share, ".0%"),
                       _number(row.peak_mem_mb, ".0f"),
                       launches.describe(entry.launches) if entry.launches else "", style=style)
+    return shown
+
+
+def layer_table(job: session.Job, found: list[rooflines.Layer], ceilings: rooflines.Ceilings) -> Table:
+    """The launches that take most of a forward first; the floor is what the measured ceilings allow."""
+    whole = sum(layer.count * (layer.row.ms_p50 or 0) for layer in found)
+    floor = sum(layer.count * layer.floor_ms for layer in found)
+    launched = sum(layer.count for layer in found)
+    caption = (f"{launched} launches take {whole:.4g} ms one by one, their floors {floor:.4g} ms: {floor / whole:.0%}"
+               if found else "nothing was fused")
+    shown = Table(title=f"{job}  ({ceilings.gflops:.4g} GFLOP/s, {ceilings.gbytes:.4g} GB/s measured)",
+                  title_justify="left", title_style="bold", caption=caption, caption_justify="left")
+    shown.add_column("problem", overflow="fold")
+    for head in ("count", "ms p50", "p20 .. p80", "of forward", "floor ms", "of roofline"):
+        shown.add_column(head, justify="right", no_wrap=True)
+    for head in ("bound by", "runs on"):
+        shown.add_column(head, overflow="fold")
+    for layer in sorted(found, key=lambda layer: -layer.count * (layer.row.ms_p50 or 0)):
+        row = layer.row
+        name = (row.problem or "").replace(f"-{row.dtype}-{row.device}", "")
+        shown.add_row(name, str(layer.count), _number(row.ms_p50, ".4g"), f"{row.ms_p20:.4g} .. {row.ms_p80:.4g}",
+                      f"{layer.count * (row.ms_p50 or 0) / whole:.0%}", f"{layer.floor_ms:.4g}",
+                      _number(row.roofline_share, ".0%"), layer.bound, layer.tile)
     return shown
 
 
