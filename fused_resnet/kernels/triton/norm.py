@@ -35,9 +35,31 @@ def normalise(u, mean, inverse):
 
 
 @triton.jit
-def through_norm(dz, xhat, scale, s0, s1):
-    """du, where scale is gamma * inverse_std and s0, s1 are the means of dz and of dz * xhat."""
-    return (dz - s0 - xhat * s1) * scale
+def forward_vectors(gamma, beta, mean, var, eps, channel, ok):
+    """What `affine` takes of a channel: mean, scale and shift."""
+    scale = inverse_std(var, eps, channel, ok) * vector(gamma, channel, ok, 1.0)
+    return vector(mean, channel, ok, 0.0), scale, vector(beta, channel, ok, 0.0)
+
+
+@triton.jit
+def affine(u, mean, scale, shift):
+    """xhat * gamma + beta in fp32."""
+    return (u.to(tl.float32) - mean) * scale + shift
+
+
+@triton.jit
+def backward_vectors(gamma, mean, var, eps, means, channel, ok, C: tl.constexpr):
+    """What `through_norm` takes of a channel: mean, s0, scale and slope. `means` [2, C] holds s0 and s1."""
+    inverse = inverse_std(var, eps, channel, ok)
+    scale = inverse * vector(gamma, channel, ok, 1.0)
+    slope = scale * inverse * vector(means + C, channel, ok, 0.0)
+    return vector(mean, channel, ok, 0.0), vector(means, channel, ok, 0.0), scale, slope
+
+
+@triton.jit
+def through_norm(dz, u, mean, s0, scale, slope):
+    """du in fp32 from the gradient `dz` behind the norm and the norm's input `u`."""
+    return (dz.to(tl.float32) - s0) * scale - (u.to(tl.float32) - mean) * slope
 
 
 @triton.jit
