@@ -233,9 +233,8 @@ def _stem_pool(node: fx.Node, lookup: Lookup) -> bool:
     module = lookup(node)
     if module is not None:
         return _unary(node) and executor.pool_blocked(module) is None
-    if node.op != "call_function" or node.target is not F.max_pool2d or "input" in node.kwargs:
-        return False
-    return executor.pooling_blocked(*node.args[1:], **node.kwargs) is None
+    return (node.op == "call_function" and node.target is F.max_pool2d  # which traces its input as args[0]
+            and executor.pooling_blocked(*node.args[1:], **node.kwargs) is None)
 
 
 def _lonely(conv: fx.Node, lookup: Lookup) -> str:

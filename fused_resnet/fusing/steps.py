@@ -106,7 +106,7 @@ class Launch:
 
     @property
     def pattern(self) -> str:
-        """What its last launch computed: a pool is a launch of its own unless a kernel for both was chosen."""
+        """What its backend was given at the last call: a pool runs by itself unless a kernel for both was chosen."""
         return f"{self.matched}+maxpool" if self.pooled else self.matched
 
     @property

@@ -112,7 +112,21 @@ def network(seed):
     net = scope["Net"]()
     if seed % 3 == 0:  # inside of a parent, as blocks are
         net = nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU(inplace=True), net)
+    if seed % 4 == 1:
+        net, stem = stemmed(net, seed)
+        source = f"{stem}\n{source}"
     return randomize(net, seed).eval(), source
+
+
+def stemmed(net, seed):
+    """The network behind a stem, or something that is nearly one; its input has the shape that the network takes."""
+    rng = random.Random(seed)
+    pool = rng.choice(["3, 2, 1", "3, 2, 1", "3, stride=2, padding=1", "3, 2, 1, ceil_mode=True", "2, 2", "3, 1, 1"])
+    act = rng.choice(ACTIVATIONS)
+    conv = rng.choice(["7, padding=3, bias=False", "3, padding=1", "1"])
+    scope = {"nn": nn, "C": C}
+    stem = f"nn.Conv2d(C, C, {conv}), nn.BatchNorm2d(C), {act}, nn.MaxPool2d({pool}), nn.Upsample({SIZE})"
+    return nn.Sequential(*eval(f"[{stem}]", scope), net), stem
 
 
 def refuses(net, x):
