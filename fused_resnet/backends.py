@@ -119,8 +119,9 @@ def explain(problem: ConvProblem, family: str = "conv_bn_act") -> list[tuple[str
 
     `choose(family, problem)` says which of them does, with its tile and, as its label, by which rule.
     """
-    tiles = {name: tile for name, tile, _ in reversed(_measured(family, problem))}
-    return [(name, _refusal(family, name, problem, tiles.get(name))) for name in NAMES]
+    ways = [*((name, tile) for name, tile, _ in _measured(family, problem)), *((name, None) for name in NAMES)]
+    reasons = [(name, [_refusal(family, name, problem, tile) for n, tile in ways if n == name]) for name in NAMES]
+    return [(name, None if None in found else found[0]) for name, found in reasons]
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import importlib
 import json
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fused_resnet.kernels.cpu import conv_bn_act as onednn
 from fused_resnet.ops import conv_bn_act as family
 from fused_resnet.testing import inputs
 from fused_resnet.testing.cases import conv
+from fused_resnet.tuning import Table
 
 FAMILY = family.FAMILY
 PROBLEM = conv(16, 16, 6, residual=True)
@@ -129,10 +131,131 @@ def test_tuned_rows_come_first(fresh):
     key = f"tuned {FAMILY} {PROBLEM.id} {backends.device_name('cpu')}"
     backends.cache().set(key, {"backend": "reference"})
     assert backends.choose(FAMILY, PROBLEM).name == "reference"
-    for useless in ({"backend": "tpu"}, {"backend": "cudnn"}, "nonsense", None):
+    for useless in ({"backend": "cudnn"}, None):  # it may run elsewhere
         backends.cache().set(key, useless)
         fresh()
         assert backends.choose(FAMILY, PROBLEM).name == "cpu"
+
+
+@dataclass(frozen=True)
+class Tile:
+    size: int
+    label: str = "heuristic"
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """oneDNN gets tiles: of a size of at most 64, at most as large as C. Collects those that ran."""
+    ran, forward = [], onednn.forward
+
+    def with_tile(tile):
+        return lambda problem, operands: ran.append(tile["size"]) or forward(problem, operands)
+
+    monkeypatch.setattr(onednn, "with_tile", with_tile, raising=False)
+    monkeypatch.setattr(onednn, "candidates", lambda problem: [Tile(s) for s in (16, 32, 64) if s <= problem.C],
+                        raising=False)
+    return ran
+
+
+@pytest.fixture
+def shipped(monkeypatch):
+    """`shipped((problem, backend, size))`: a table of these rows is the one of this machine."""
+    def ship(*rows):
+        table = Table([{"family": FAMILY, "problem": problem.id, "backend": name, "ms": 1.0, "label": "measured",
+                        "tile": None if size is None else {"size": size, "label": "tuned"}}
+                       for problem, name, size in rows])
+        monkeypatch.setattr(backends, "_table", lambda device: table)
+        backends.reset()
+
+    return ship
+
+
+def chosen(problem):
+    choice = backends.choose(FAMILY, problem)
+    return choice.name, choice.label, (choice.tile or {}).get("size")
+
+
+WIDE = conv(64, 64, 8, residual=True, n=4)
+
+
+def test_a_choice_says_by_which_rule(fresh, tiles, shipped):
+    shipped((WIDE, "cpu", 32), (WIDE._replace(N=9), "cpu", 64), (WIDE._replace(residual=False), "reference", None))
+    assert chosen(WIDE) == ("cpu", "shipped", 32)
+    assert chosen(WIDE._replace(N=3)) == ("cpu", "nearest", 32) and chosen(WIDE._replace(N=8)) == ("cpu", "nearest", 64)
+    assert chosen(WIDE._replace(residual=False, N=5)) == ("reference", "nearest", None)
+    assert chosen(WIDE._replace(N=64)) == ("cpu", "heuristic", None)
+    backends.adopt(FAMILY, WIDE, {"backend": "cpu", "tile": {"size": 16}})
+    assert chosen(WIDE) == ("cpu", "tuned", 16)
+    with backends.use("cpu"):
+        assert chosen(WIDE) == ("cpu", "forced", 16)
+    with backends.use("reference"):
+        assert chosen(WIDE) == ("reference", "forced", None)
+    launch(WIDE)
+    launch(WIDE._replace(N=8))
+    assert tiles == [16, 64]
+
+
+def test_a_neighbours_tile_must_be_legal_here(fresh, tiles, shipped):
+    narrow = WIDE._replace(C=32)
+    shipped((WIDE, "cpu", 64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen(narrow) == ("cpu", "heuristic", None)
+        shipped((WIDE, "cpu", 64), (WIDE._replace(N=9), "cpu", 32))
+        assert chosen(narrow) == ("cpu", "nearest", 32)  # the second nearest
+        launch(narrow)
+    assert tiles == [32]
+
+
+ROWS = [{"backend": "tpu"}, {"tile": None}, "nonsense", ["cpu"], 3, {"backend": "cpu", "tile": {"size": 128}},
+        {"backend": "cpu", "tile": {"width": 16}}, {"backend": "cpu", "tile": [16]},
+        {"backend": "reference", "tile": {"size": 16}}]
+
+
+@pytest.mark.parametrize("useless", ROWS, ids=str)
+def test_rows_that_cannot_be_are_ignored_with_one_warning(fresh, tiles, useless):
+    backends.cache().set(backends.tuned_key(FAMILY, WIDE), useless)
+    with pytest.warns(UserWarning, match=rf"ignores the tuned row of {WIDE.id.replace('+', '.')}: ") as caught:
+        launch(WIDE)
+        launch(WIDE)
+    assert len(caught) == 1 and chosen(WIDE) == ("cpu", "heuristic", None)
+
+
+def test_a_tile_for_a_kernel_without_tiles_is_ignored(fresh):
+    backends.cache().set(backends.tuned_key(FAMILY, WIDE), {"backend": "cpu", "tile": {"BLOCK_M": 64}})
+    with pytest.warns(UserWarning, match="cpu has no such tile for it: {'BLOCK_M': 64}"):
+        assert chosen(WIDE) == ("cpu", "heuristic", None)
+
+
+def test_shipped_rows_of_an_impossible_tile_are_ignored(fresh, tiles, shipped):
+    shipped((WIDE, "cpu", 128), (WIDE._replace(N=3), "tpu", None))
+    with pytest.warns(UserWarning, match="ignores the shipped row") as caught:
+        assert chosen(WIDE) == ("cpu", "heuristic", None)
+    assert len(caught) == 1
+
+
+def test_a_tile_that_lies_leaves_the_kernels_own(fresh, tiles, monkeypatch):
+    forward = onednn.forward
+    monkeypatch.setattr(onednn, "with_tile", lambda tile: lambda problem, o: forward(problem, o) + 1)
+    backends.adopt(FAMILY, WIDE, {"backend": "cpu", "tile": {"size": 16}})
+    with pytest.warns(UserWarning, match="disables cpu"):
+        launch(WIDE)
+    assert chosen(WIDE) == ("cpu", "heuristic", None)
+    assert dict(backends.explain(WIDE))["cpu"] is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        launch(WIDE)
+
+
+def test_a_problem_is_seen_before_it_runs(fresh):
+    seen = []
+    with backends.visited(lambda *what: seen.append(what)):
+        launch()
+        with backends.visited(lambda *what: seen.append("inner")):
+            launch()
+        launch()
+    launch()
+    assert [what if what == "inner" else what[:2] for what in seen] == [(FAMILY, PROBLEM), "inner", (FAMILY, PROBLEM)]
 
 
 def test_first_use_is_checked_once_and_remembered(fresh, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The cache file: whole at every moment, shared by processes, never in the way."""
+"""The cache file: whole at every moment, shared by processes, never in the way. And the tables that are shipped."""
 
 import json
 import os
@@ -9,7 +9,10 @@ import warnings
 
 import pytest
 
-from fused_resnet.tuning import VERSION, Cache, CacheError
+from benchmarks import ship
+from fused_resnet.testing import cases
+from fused_resnet.testing.cases import conv
+from fused_resnet.tuning import TABLES, VERSION, Cache, CacheError, Table, problem_of
 
 
 def test_round_trip(tmp_path):
@@ -129,3 +132,109 @@ def test_threads_share_one_cache(tmp_path):
     for thread in threads:
         thread.join()
     assert len(Cache(tmp_path).read()) == 80
+
+
+def row(problem, backend="triton", tile=None, family="conv_bn_act"):
+    return {"family": family, "problem": problem.id, "backend": backend, "tile": tile, "ms": 1.0, "label": "measured"}
+
+
+HERE = conv(64, 64, 56, n=32, residual=True)._replace(device="cuda", dtype="bf16")
+
+
+@pytest.mark.parametrize("problem", [*cases.CATALOGUE, *cases.STEMS, HERE, HERE._replace(prologue="silu", groups=2)],
+                         ids=lambda p: p.id)
+def test_a_problem_is_read_from_its_id(problem):
+    assert problem_of(problem.id) == problem
+
+
+@pytest.mark.parametrize("name", ["", "n2", "n2c16h6w6k32r3s3-p1-norm+gelu-fp32-cpu", "n2c16h6w6-relu-fp32-cpu"])
+def test_other_names_are_no_problem(name):
+    assert problem_of(name) is None
+
+
+def test_a_row_answers_for_its_own_problem():
+    table = Table([row(HERE), row(HERE, "cudnn", family="stem")])
+    assert table.exact("conv_bn_act", HERE)["backend"] == "triton"
+    assert table.exact("stem", HERE)["backend"] == "cudnn"
+    assert table.exact("conv_bn_act", HERE._replace(N=1)) is None
+
+
+@pytest.mark.parametrize(("change", "near"), [
+    ({"N": 64}, True), ({"N": 90}, True), ({"N": 91}, False), ({"N": 8}, False), ({"H": 28, "W": 112}, True),
+    ({"C": 128}, True), ({"C": 192}, False), ({"K": 32}, True), ({"K": 16}, False),
+    ({"N": 64, "C": 128, "K": 128}, True), ({"activation": "relu6"}, True), ({"activation": "silu"}, False),
+    ({"activation": "identity"}, False), ({"norm": False, "bias": True}, True), ({"residual": False}, False),
+    ({"prologue": "relu"}, False), ({"dtype": "fp16"}, False), ({"R": 1, "S": 1}, False), ({"stride": (2, 2)}, False),
+    ({"dilation": (2, 2)}, False), ({"groups": 2}, False), ({"device": "cpu"}, False)], ids=str)
+def test_what_a_neighbour_is(change, near):
+    assert bool(Table([row(HERE)]).near("conv_bn_act", HERE._replace(**change))) is near
+    assert not Table([row(HERE)]).near("stem", HERE)
+
+
+def test_depthwise_problems_have_depthwise_neighbours():
+    groups = HERE._replace(groups=32)
+    assert not Table([row(groups)]).near("conv_bn_act", HERE._replace(groups=64))
+    assert Table([row(groups)]).near("conv_bn_act", HERE._replace(groups=16))
+
+
+def test_the_nearest_comes_first():
+    table = Table([row(HERE._replace(N=n), backend) for n, backend in ((16, "cpu"), (40, "cudnn"), (80, "triton"))])
+    assert [found["backend"] for found in table.near("conv_bn_act", HERE)] == ["cudnn", "cpu", "triton"]
+
+
+def test_rows_of_another_form_are_left_out_with_one_warning():
+    wrong = [None, [], {}, row(HERE, backend=3), row(HERE, tile="big"), {**row(HERE), "family": None}]
+    with pytest.warns(UserWarning, match="ignores 6 rows of mine: not of the form") as caught:
+        table = Table([*wrong, row(HERE, "cudnn")], "mine")
+    assert len(caught) == 1 and table.exact("conv_bn_act", HERE)["backend"] == "cudnn"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 9, "rows": []}', '{"version": 1}', "\0",
+                                     '{"version": 1, "rows": 3}'])
+def test_a_broken_table_is_an_empty_one(tmp_path, content):
+    (tmp_path / "sm_90.json").write_text(content)
+    with pytest.warns(UserWarning, match=r"ignores the table .*sm_90\.json") as caught:
+        assert Table.load("sm_90", tmp_path).exact("conv_bn_act", HERE) is None
+    assert len(caught) == 1
+
+
+def test_shipped_tables_are_whole_and_classes_without_one_are_empty():
+    paths = sorted(TABLES.glob("*.json"))
+    assert [path.stem for path in paths] == ["sm_90"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for path in paths:
+            table, data = Table.load(path.stem), json.loads(path.read_text())
+            assert data["rows"] or "Nothing has been measured yet" in data["note"]
+            for entry in data["rows"]:
+                assert entry["label"] == "measured" and entry["ms"] > 0 and problem_of(entry["problem"]) is not None
+                assert table.near(entry["family"], problem_of(entry["problem"]))
+        assert Table.load("sm_80").near("conv_bn_act", HERE) == []
+
+
+def test_winners_are_shipped(tmp_path, capsys):
+    tile = {"kernel": "gemm", "BLOCK_M": 64}
+    shared = {"winner": True, "ms_p50": 2.0, "problem": HERE.id, "tile": None}
+    rows = [{**shared, "backend": "triton", "tile": tile, "vs_stock": 1.2},
+            {**shared, "backend": "cudnn", "winner": False}, {"problem": HERE.id, "status": "failed"},
+            {**shared, "problem": HERE._replace(N=1).id, "backend": "triton", "tile": tile, "vs_stock": 0.5},
+            {**shared, "problem": HERE._replace(N=2).id, "backend": "stock"}]
+    source, out = tmp_path / "tune.json", tmp_path / "tables"
+    out.mkdir()
+    environment = {"gpu": "G", "gpu_capability": [9, 0]}
+    source.write_text(json.dumps({"environment": environment, "commit": "abc", "rows": rows}))
+    assert ship.main([str(source), "--out", str(out)]) == 0 and "3 rows in" in capsys.readouterr().out
+    table = Table.load("sm_90", out)
+    assert table.exact("conv_bn_act", HERE) == row(HERE, tile=tile) | {"ms": 2.0}
+    assert table.exact("conv_bn_act", HERE._replace(N=1)) == row(HERE._replace(N=1), "reference")
+    assert table.exact("conv_bn_act", HERE._replace(N=2))["backend"] == "reference"
+    assert json.loads((out / "sm_90.json").read_text())["environment"]["commit"] == "abc"
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"environment": {}, "rows": []}', '{"rows": [{"winner": 1}]}'])
+def test_nothing_is_shipped_of_nothing(tmp_path, capsys, content):
+    source = tmp_path / "tune.json"
+    if content is not None:
+        source.write_text(content)
+    assert ship.main([str(source), "--out", str(tmp_path)]) == 2
+    assert f"cannot ship {source}" in capsys.readouterr().err and not list(tmp_path.glob("sm_*"))

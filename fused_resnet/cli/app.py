@@ -11,6 +11,8 @@ import typer
 
 from fused_resnet.cli import bench, env, inspect, train, tune, verify
 
+INTERRUPTED = 130  # what a shell gives a program that Ctrl-C ends, and typer's exit code for it
+
 app = typer.Typer(name="fused-resnet", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
                   pretty_exceptions_enable=False,
                   help="Convolution, batch norm, residual add and activation in one launch, for ResNets in PyTorch.")
@@ -30,10 +32,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         result = app(args=given, prog_name="fused-resnet", standalone_mode=False)
     except typer.Exit as stop:
-        return stop.exit_code
+        return _interrupted() if stop.exit_code == INTERRUPTED else stop.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        print("interrupted; what was written is kept", file=sys.stderr)
-        return 130
+        return _interrupted()
     except (ValueError, OSError) as error:
         return _fail(str(error))
     except Exception as error:
@@ -41,6 +42,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(error.format_message())
     return result if isinstance(result, int) else 0
+
+
+def _interrupted() -> int:
+    print("interrupted; what was written is kept", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _fail(message: str) -> int:
