@@ -32,7 +32,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         result = app(args=given, prog_name="fused-resnet", standalone_mode=False)
     except typer.Exit as stop:
-        return _interrupted() if stop.exit_code == INTERRUPTED else stop.exit_code
+        return stop.exit_code
     except (typer.Abort, KeyboardInterrupt):
         return _interrupted()
     except (ValueError, OSError) as error:
@@ -41,7 +41,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if not hasattr(error, "format_message"):  # what the parser says about the command line
             raise
         return _fail(error.format_message())
-    return result if isinstance(result, int) else 0
+    return _interrupted() if result == INTERRUPTED else result if isinstance(result, int) else 0
 
 
 def _interrupted() -> int:
