@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch._prims_common import suggest_memory_format
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fused_resnet import backends
@@ -201,6 +202,7 @@ class Captured:
         self.model, self._warmup, self._recorder = model, warmup, recorder
         inputs = sample if isinstance(sample, tuple) else (sample,)
         self._like = [(tuple(x.shape[1:]), x.dtype, x.device) for x in inputs]
+        self._layouts = [suggest_memory_format(x) for x in inputs]  # of every bucket, whatever input it is made for
         self._modules = list(model.modules())
         self._lock = threading.RLock()
         self._closed = False
@@ -284,7 +286,8 @@ class Captured:
         self._modules = list(self.model.modules())
         self._rows(inputs)
         n = inputs[0].shape[0]
-        full = [x if n == size else x[torch.arange(size, device=x.device) % n] for x in inputs]
+        full = [(x if n == size else x[torch.arange(size, device=x.device) % n]).contiguous(memory_format=layout)
+                for x, layout in zip(inputs, self._layouts, strict=True)]
         bucket = Bucket(self.model, full, self._recorder, self._warmup)
         self._recorded[size] = bucket, _Snapshot(self.model, inputs[0].device), bucket.whole_only()
 

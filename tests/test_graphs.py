@@ -265,14 +265,15 @@ def test_several_inputs_and_structured_results():
         call(torch.ones(4, 2), torch.ones(3, 2))
 
 
-def test_channels_last_is_kept():
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_all_buckets_have_the_memory_format_of_the_sample(layout):
     model = nn.Conv2d(3, 4, 1).eval()
-    x = rows(4).to(memory_format=torch.channels_last)
-    call, _ = captured(model, x)
-    for n in (3, 4, 9):
-        x = rows(n).to(memory_format=torch.channels_last)
-        assert call(x).stride() == eager(model, x).stride()
-        assert torch.equal(call(x.contiguous()), call(x))
+    call, _ = captured(model, rows(8).to(memory_format=layout))
+    other = {torch.channels_last: torch.contiguous_format, torch.contiguous_format: torch.channels_last}[layout]
+    for n in (3, 2, 5, 8, 9, 17):
+        x = rows(n).to(memory_format=layout)
+        result = call(x.to(memory_format=other))
+        assert result.stride() == eager(model, x).stride() and torch.allclose(result, eager(model, x), atol=1e-6), n
 
 
 class Mixes(nn.Module):
