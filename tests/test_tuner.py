@@ -166,6 +166,13 @@ def test_the_budget_leaves_tiles_out_but_no_backend(tiles, clock):
     assert len(tune(budget=60.0)) == 4
 
 
+def test_the_ways_to_measure_can_be_given(tiles):
+    tiles("good", "better")
+    stock, _, better = tuner.candidates(FAMILY, PROBLEM)
+    rows = tuner.measure(FAMILY, PROBLEM, inputs.make(PROBLEM), 0.1, ways=[stock, better])
+    assert [(row["backend"], (row["tile"] or {}).get("kind")) for row in rows] == [("reference", None), ("cpu", "better")]
+
+
 def test_operands_stay_as_they_are():
     operands = inputs.make(PROBLEM)._replace(reuse=True)
     before = copy.deepcopy(operands)
