@@ -54,45 +54,28 @@ def narrow_tile(x, weight, y, residual, bias, gamma, beta, mean, var, eps, pre_g
         finish(acc, y, residual, m * K + k, inside, bias, gamma, beta, mean, var, eps, k, k < K, ACTIVATION)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def conv_gemm(x, weight, y, residual, sums, bias, gamma, beta, mean, var, eps,
-              pre_gamma, pre_beta, pre_mean, pre_var, pre_eps, M, H, W, P, Q,
-              C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr,
-              STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-              DIL_H: tl.constexpr, DIL_W: tl.constexpr, ACTIVATION: tl.constexpr, PROLOGUE: tl.constexpr,
-              PRECISION: tl.constexpr, WIDE: tl.constexpr, FLAT: tl.constexpr, SWAP: tl.constexpr,
-              PACK: tl.constexpr, SPLIT_K: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Tensor-core convolution of x [N, H, W, C] with weight [K, R, S, C / GROUPS] into y [N, P, Q, K].
-
-    WIDE computes offsets in 64 bits. FLAT lets the reduction run over the elements of the window instead
-    of tap by tap: with few channels a tap fills a small part of BLOCK_K. SWAP makes the channels the rows
-    of the accumulator, so that a narrow layer still issues the widest wgmma. PACK groups of the convolution
-    form one group here. With SPLIT_K > 1 a program reduces its part of the steps into `sums` [SPLIT_K, M, K].
-    """
+@triton.jit
+def sum_products(x, weight, m, k, group, split, pre_gamma, pre_beta, pre_mean, pre_var, pre_eps, M, H, W, P, Q,
+                 C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr,
+                 STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+                 DIL_H: tl.constexpr, DIL_W: tl.constexpr, PROLOGUE: tl.constexpr, PRECISION: tl.constexpr,
+                 FLAT: tl.constexpr, SWAP: tl.constexpr, PACK: tl.constexpr, SPLIT_K: tl.constexpr,
+                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Sums of output pixels `m` and channels `k` of one group, in the shape of m + k; see `conv_gemm`."""
     CG: tl.constexpr = C // GROUPS
     KG: tl.constexpr = K // GROUPS
     DEPTH: tl.constexpr = R * S * CG
-    TILES: tl.constexpr = (KG + BLOCK_N - 1) // BLOCK_N
     STEPS: tl.constexpr = (DEPTH + BLOCK_K - 1) // BLOCK_K if FLAT else R * S * ((CG + BLOCK_K - 1) // BLOCK_K)
     SINGLE: tl.constexpr = R == 1 and S == 1 and PAD_H == 0 and PAD_W == 0
     RAGGED: tl.constexpr = (DEPTH if FLAT else CG) % BLOCK_K != 0
     SHARE: tl.constexpr = (STEPS + SPLIT_K - 1) // SPLIT_K
 
-    pid = tl.program_id(0)
-    if WIDE:
-        pid = pid.to(tl.int64)
-        W = W.to(tl.int64)
-    group = pid % (GROUPS * TILES) // TILES
-    split = pid // (GROUPS * TILES) % SPLIT_K
-    m = pid // (GROUPS * TILES * SPLIT_K) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = pid % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     e = tl.arange(0, BLOCK_K)
     if SWAP:  # x is [BLOCK_K, BLOCK_M], weight [BLOCK_N, BLOCK_K]
-        m, k, ex, ew = m[None, :], k[:, None], e[:, None], e[None, :]
+        ex, ew = e[:, None], e[None, :]
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     else:  # x is [BLOCK_M, BLOCK_K], weight [BLOCK_K, BLOCK_N]
-        m, k, ex, ew = m[:, None], k[None, :], e[None, :], e[:, None]
+        ex, ew = e[None, :], e[:, None]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     h0, w0, corner = locate(m, H, W, P, Q, C, STRIDE_H, STRIDE_W, PAD_H, PAD_W)
     if SINGLE and STRIDE_H == 1 and STRIDE_W == 1:
@@ -141,7 +124,43 @@ def conv_gemm(x, weight, y, residual, sums, bias, gamma, beta, mean, var, eps,
             acc = tl.dot(xs, ws, acc, input_precision=PRECISION)
         if not FLAT:
             r, s, c = advance(r, s, c, CG, R, S, BLOCK_K)
+    return acc
 
+
+@triton.jit(do_not_specialize=SIZES)
+def conv_gemm(x, weight, y, residual, sums, bias, gamma, beta, mean, var, eps,
+              pre_gamma, pre_beta, pre_mean, pre_var, pre_eps, M, H, W, P, Q,
+              C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr,
+              STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+              DIL_H: tl.constexpr, DIL_W: tl.constexpr, ACTIVATION: tl.constexpr, PROLOGUE: tl.constexpr,
+              PRECISION: tl.constexpr, WIDE: tl.constexpr, FLAT: tl.constexpr, SWAP: tl.constexpr,
+              PACK: tl.constexpr, SPLIT_K: tl.constexpr,
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Tensor-core convolution of x [N, H, W, C] with weight [K, R, S, C / GROUPS] into y [N, P, Q, K].
+
+    WIDE computes offsets in 64 bits. FLAT lets the reduction run over the elements of the window instead
+    of tap by tap: with few channels a tap fills a small part of BLOCK_K. SWAP makes the channels the rows
+    of the accumulator, so that a narrow layer still issues the widest wgmma. PACK groups of the convolution
+    form one group here. With SPLIT_K > 1 a program reduces its part of the steps into `sums` [SPLIT_K, M, K].
+    """
+    KG: tl.constexpr = K // GROUPS
+    TILES: tl.constexpr = (KG + BLOCK_N - 1) // BLOCK_N
+
+    pid = tl.program_id(0)
+    if WIDE:
+        pid = pid.to(tl.int64)
+        W = W.to(tl.int64)
+    group = pid % (GROUPS * TILES) // TILES
+    split = pid // (GROUPS * TILES) % SPLIT_K
+    m = pid // (GROUPS * TILES * SPLIT_K) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = pid % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    if SWAP:
+        m, k = m[None, :], k[:, None]
+    else:
+        m, k = m[:, None], k[None, :]
+    acc = sum_products(x, weight, m, k, group, split, pre_gamma, pre_beta, pre_mean, pre_var, pre_eps, M, H, W, P, Q,
+                       C, K, R, S, GROUPS, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DIL_H, DIL_W, PROLOGUE, PRECISION, FLAT,
+                       SWAP, PACK, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K)
     channel = group * KG + k
     if SPLIT_K > 1:
         tl.store(sums + (split * M + m) * K + channel, acc, mask=(m < M) & (k < KG))
