@@ -56,6 +56,7 @@ class Choice:
 
 
 Visit = Callable[[str, ConvProblem, Any], None]
+Way = tuple[str, dict[str, Any] | None, str]  # backend, tile, label
 
 
 class _State(threading.local):
@@ -119,9 +120,11 @@ def explain(problem: ConvProblem, family: str = "conv_bn_act") -> list[tuple[str
 
     `choose(family, problem)` says which of them does, with its tile and, as its label, by which rule.
     """
-    ways = [*((name, tile) for name, tile, _ in _measured(family, problem)), *((name, None) for name in NAMES)]
-    reasons = [(name, [_refusal(family, name, problem, tile) for n, tile in ways if n == name]) for name in NAMES]
-    return [(name, None if None in found else found[0]) for name, found in reasons]
+    def reason(name: str) -> str | None:
+        found = [_refusal(family, name, problem, tile) for _, tile, _ in _order(family, problem, name)]
+        return None if None in found else found[0]
+
+    return [(name, reason(name)) for name in NAMES]
 
 
 @contextlib.contextmanager
@@ -219,10 +222,7 @@ def reset() -> None:
 
 
 def kernels(family: str, problem: ConvProblem) -> dict[str, Any]:
-    """Backend -> kernel module, for those that can compute `problem` on this machine, whatever their verdicts.
-
-    Left out is the reference, see `reference`.
-    """
+    """Backend -> kernel module of all that can compute `problem` on this machine, whatever their verdicts."""
     return {name: _kernel(family, name) for name in NAMES if name != "reference"
             and _inability(family, name, problem) is None}
 
@@ -248,33 +248,35 @@ def _choose(family: str, problem: ConvProblem) -> Choice:
     name = forced()
     if name not in (None, *NAMES):
         raise ValueError(f"FUSED_RESNET_BACKEND={name!r} is unknown, expected one of {', '.join(NAMES)}")
-    order = _measured(family, problem)
-    if name is None:
-        order += [(n, None, "heuristic") for n in HEURISTIC.get(problem.device, ("reference",))]
-    else:
-        order = [*((n, tile, "forced") for n, tile, _ in order if n == name), (name, None, "forced")]
-    for backend, tile, label in order:
+    for backend, tile, label in _order(family, problem, name):
         reason = _refusal(family, backend, problem, tile)
         if reason is None:
             return _bind(family, backend, problem, tile, label)
     raise ValueError(f"backend {name!r} cannot run {problem.id}: {reason}")
 
 
-def _measured(family: str, problem: ConvProblem) -> list[tuple[str, dict[str, Any] | None, str]]:
-    """What measurements say about `problem`, the most telling first: (backend, tile, label)."""
+def _order(family: str, problem: ConvProblem, wanted: str | None) -> Iterator[Way]:
+    """What is asked first, next, and so on; of one backend only if it is `wanted`."""
+    for name, tile, label in _measured(family, problem):
+        if wanted in (None, name):
+            yield name, tile, "forced" if wanted else label
+    for name in (wanted,) if wanted else HEURISTIC.get(problem.device, ("reference",)):
+        yield name, None, "forced" if wanted else "heuristic"
+
+
+def _measured(family: str, problem: ConvProblem) -> Iterator[Way]:
+    """What measurements say about `problem`, the most telling first."""
     table = _table(problem.device)
     rows = [("tuned", cache().get(tuned_key(family, problem))), ("shipped", table.exact(family, problem)),
             *(("nearest", row) for row in table.near(family, problem))]
-    found = []
     for label, row in rows:
         if row is None:
             continue
         fault = _fault(family, problem, row)
         if fault is None:
-            found.append((row["backend"], row.get("tile"), label))
+            yield row["backend"], row.get("tile"), label
         elif label != "nearest":  # a neighbour's tile need not fit
-            warnings.warn(f"fused_resnet ignores the {label} row of {problem.id}: {fault}", stacklevel=5)
-    return found
+            warnings.warn(f"fused_resnet ignores the {label} row of {problem.id}: {fault}", stacklevel=6)
 
 
 def _fault(family: str, problem: ConvProblem, row: Any) -> str | None:
