@@ -25,6 +25,7 @@ from fused_resnet.kernels import packing
 
 PLAIN_LEAVES = (torch.Tensor, bool, int, float, str, type(None))
 _version = operator.attrgetter("_version")
+_recording = threading.RLock()  # PyTorch records one graph at a time in a process
 
 
 class Recorder(Protocol):
@@ -57,7 +58,7 @@ class CudaRecorder:
 
     def record(self, call: Callable[[], Any], warmup: int) -> tuple[Any, Callable[[], None]]:
         """Warm-up runs and the recording, both on the side stream."""
-        with torch.cuda.device(self.device):
+        with _recording, torch.cuda.device(self.device):
             current = torch.cuda.current_stream()
             self._side.wait_stream(current)
             with torch.cuda.stream(self._side):

@@ -126,8 +126,9 @@ class _Sheet:
 
 def table(group: session.Group) -> Table:
     """One job's rows; launches as the profiler counted them; what was left out and why below."""
+    notes = ["a row with a graph: x the best eager row with a graph"] if any(row.graph for row in group.rows) else []
     shown = Table(title=f"{group.job}  ({group.rounds} rounds)", title_justify="left", title_style="bold",
-                  caption="\n".join(f"{name}: {why}" for name, why in group.left_out.items()) or None,
+                  caption="\n".join([*(f"{name}: {why}" for name, why in group.left_out.items()), *notes]) or None,
                   caption_justify="left")
     shown.add_column("provider")
     for head in ("ms p50", "p20 .. p80", "images/s", "x best eager", "error", "of peak", "MB"):

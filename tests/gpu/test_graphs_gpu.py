@@ -95,6 +95,22 @@ def test_two_streams_and_threads():
     assert not wrong
 
 
+def test_models_captured_by_two_threads_at_once():
+    models, results = [network(), network(torch.float32)], {}
+
+    def work(i):
+        dtype = next(models[i].parameters()).dtype
+        with fr.capture(models[i], rows(8, dtype=dtype), batches=[1, 2, 4, 8]) as call:
+            results[i] = call(rows(5, i, dtype)), eager(models[i], rows(5, i, dtype), 8)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(*results[i]) for i in range(2))
+
+
 def test_a_hundred_replays_allocate_nothing_that_stays():
     call, x = fr.capture(network(), rows(8)), rows(8)
     call(x)
