@@ -23,8 +23,8 @@ IDENTITY = ("gpu", "gpu_capability", "cuda", "cudnn", "torch", "triton", "source
 RESERVE = 10.0  # seconds kept for the last write and the summary
 
 
-class DeviceLost(RuntimeError):
-    """The device no longer answers in this process; a fresh one can go on."""
+class OutOfTime(Exception):
+    """A job was cut off because the budget is used."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,19 @@ class Job:
     """One piece of work that gives rows.
 
     `key` says which rows are its own: a row with the same fields means that the job is done. `run` returns them
-    without those fields. Larger `value` goes first; `seconds` is what it is expected to take; `kernels` are the
-    (problem, tile) pairs that can be compiled ahead.
+    without those fields; where it crosses to another process, it must be picklable. Larger `value` goes first;
+    `seconds` is what it is expected to take; `kernels` are the (problem, tile) pairs that can be compiled ahead.
+    After `patience` seconds without a row it counts as hung. A `resumable` one can be begun again after it lost its
+    process: `run(avoid=...)` gets the rows that it was at, and leaves them out.
     """
 
     key: Mapping[str, Any]
-    run: Callable[[], Iterable[Mapping[str, Any]]]
+    run: Callable[..., Iterable[Mapping[str, Any]]]
     value: float = 0.0
     seconds: float = 5.0
     kernels: tuple[tuple[Any, Any], ...] = ()
+    patience: float = 60.0
+    resumable: bool = False
 
 
 @dataclass
@@ -79,6 +83,13 @@ class Sheet:
 
         self.rows = [old for old in self.rows if name(old) != name(row)] + [dict(row)]
         self.save()
+
+    def drop(self, key: Mapping[str, Any]) -> None:
+        """Takes out the rows that agree with every field of `key`: half of a job is done again as a whole."""
+        dropped = self.find(key)
+        if dropped:
+            self.rows = [row for row in self.rows if row not in dropped]
+            self.save()
 
     def save(self) -> None:
         """Writes the file atomically.
@@ -133,55 +144,57 @@ def pending(jobs: Iterable[Job], sheet: Sheet) -> list[Job]:
     return [job for job in sorted(jobs, key=lambda job: -job.value) if not sheet.find(job.key)]
 
 
+def failure(error: BaseException) -> str:
+    """An exception as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def inline(job: Job, limit: float) -> Iterator[Mapping[str, Any]]:
+    """The rows of a job that runs in this process; an exception is a row with status "failed"."""
+    try:
+        yield from (row for row in job.run() if row["status"] != "started")
+    except Exception as error:
+        yield {"status": "failed", "detail": failure(error)}
+
+
 def work(jobs: Iterable[Job], sheet: Sheet, budget: float, *, now: Callable[[], float] = time.monotonic,
-         alive: Callable[[], None] = lambda: None, say: Callable[[str], None] = print) -> list[Job]:
+         run: Callable[[Job, float], Iterable[Mapping[str, Any]]] = inline,
+         say: Callable[[str], None] = print) -> list[Job]:
     """Runs the jobs that are not done, most valuable first, until the budget is nearly used.
 
-    A job that raises gives one row with status "failed". A job that is not expected to fit into what is left
-    is passed over for one that is.
+    A job that is not expected to fit into what is left is passed over for one that is.
 
     Args:
         jobs: in any order.
         sheet: receives each row as soon as it is measured.
         budget: seconds.
         now: the clock.
-        alive: called after a failure; raises when the device no longer answers.
-        say: receives one line for each job.
+        run: gives a job's rows; raises OutOfTime when they take more than the seconds that are left.
+        say: receives one line for each row.
 
     Returns:
         the jobs for which no time was left.
-
-    Raises:
-        DeviceLost: `alive` raised; the failed row is in the sheet, so the next run passes the job over.
     """
     end, left = now() + budget - RESERVE, []
     for job in pending(jobs, sheet):
         if now() + job.seconds > end:
             left.append(job)
             continue
-        for row in _rows(job):
-            sheet.add(row)
-            say(describe(row))
-            if row["status"] == "failed":
-                try:
-                    alive()
-                except Exception as error:
-                    raise DeviceLost(str(error)) from error
+        try:
+            for row in run(job, end - now()):
+                row = {**job.key, **row}
+                sheet.add(row)
+                say(describe(row))
+        except OutOfTime:
+            sheet.drop(job.key)
+            left.append(job)
     return left
-
-
-def _rows(job: Job) -> Iterator[dict[str, Any]]:
-    try:
-        for row in job.run():
-            yield {**job.key, **row}
-    except Exception as error:
-        text = " ".join(str(error).split())[:300]
-        yield {**job.key, "status": "failed", "detail": f"{type(error).__name__}: {text}"}
 
 
 def describe(row: Mapping[str, Any]) -> str:
     """One line: status, what, how fast or why not."""
     name = " ".join(str(row[k]) for k in ("model", "problem", "batch", "dtype", "provider") if row.get(k) is not None)
+    name += " + graph" if row.get("graph") and row["level"] == "model" else ""
     figures = [f"{row['ms_p50']:.4g} ms" if row.get("ms_p50") else "",
                f"{row['vs_stock']:.3g}x" if row.get("vs_stock") else "", str(row.get("detail") or "")]
     return " ".join([f"{row['status']:8}", name, *filter(None, figures)])

@@ -17,8 +17,8 @@ FOLDER = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 HEAD = ("provider", "ms", "images/s", "vs stock", "error", "launches", "peak MB")
-# Stages that check and tune have rows of their own kind; the others are read as results.
-OTHER_STAGES = {"check.json", "tune.json"}
+# Their rows are of another kind; all other files are read as results.
+OTHER_STAGES = {"check.json", "tune.json", "ground.json"}
 
 
 def files(folder: Path = FOLDER) -> list[Path]:

@@ -1,16 +1,18 @@
 """The loop behind `make gpu`, with work that needs no GPU."""
 
 import json
+import pickle
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu, sheet, tables
-from benchmarks.sheet import DeviceLost, Job, Sheet, work
-from fused_resnet import backends
+from benchmarks import check, ground, layers, sanitize, sheet, tables, targets, tune, ways, whole
+from benchmarks.sheet import Job, Sheet, work
+from fused_resnet import backends, tuner
 from fused_resnet.testing import cases
 
 HERE = {"gpu": "none", "torch": "1", "sources": "a"}
@@ -97,18 +99,6 @@ def test_a_failure_is_a_row_and_the_rest_goes_on(tmp_path):
     assert out.rows[0]["detail"] == "RuntimeError: out of luck"
 
 
-def test_a_lost_device_stops_the_run_with_its_row_written(tmp_path):
-    clock, out = Clock(), Sheet.open(tmp_path / "x.json", HERE, "c")
-
-    def alive():
-        raise RuntimeError("illegal memory access")
-
-    with pytest.raises(DeviceLost, match="illegal"):
-        work([job("bad", clock, status="failed"), job("next", clock)], out, 60, now=clock, alive=alive,
-             say=lambda _: None)
-    assert names(json.loads((tmp_path / "x.json").read_text())["rows"]) == ["bad"]
-
-
 def test_a_broken_file_is_reported_and_left_alone(tmp_path):
     path = tmp_path / "x.json"
     path.write_text("{")
@@ -125,49 +115,235 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("problem", [cases.TINY[2], cases.STEMS[0]], ids=lambda p: p.id)
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_the_check_itself_runs_on_a_cpu(backend):
-    problem = cases.TINY[2]
-    rows = list(gpu.check_one(problem, backend))
-    assert [row["status"] for row in rows] == ["ok"], rows
+def test_the_check_itself_runs_on_a_cpu(backend, problem):
+    rows = list(check.check_one(problem, backend))
+    assert [row["status"] for row in rows] == ["ok" if layers.offered(backend, problem) else "refused"], rows
+
+
+def test_the_check_runs_a_given_tile():
+    problem = cases.TINY[0]
+    tile = check.kinds(problem, 90)[0]
+    row, = check.check_one(problem, "triton", tile)
+    assert row["status"] == "ok", row
 
 
 def test_the_check_sees_a_kernel_that_writes_nothing(monkeypatch):
     problem = cases.TINY[2]
-    kernel = gpu.kernel("cpu")
-    monkeypatch.setattr(kernel, "forward", lambda p, o: torch.empty_like(o.residual))
-    row, = gpu.check_one(problem, "cpu")
+    monkeypatch.setattr(layers.kernel("cpu"), "forward", lambda p, o: torch.empty_like(o.residual))
+    row, = check.check_one(problem, "cpu")
     assert row["status"] == "wrong"
 
 
+def test_nan_that_a_kernel_swallows_is_seen(monkeypatch):
+    problem = cases.TINY[2]
+    row, = check.check_not_finite(problem, "triton")
+    assert row["status"] == "ok", row
+    forward = layers.kernel("triton").forward
+    monkeypatch.setattr(layers.kernel("triton"), "forward", lambda p, o: forward(p, o).nan_to_num())
+    row, = check.check_not_finite(problem, "triton")
+    assert row["status"] == "wrong" and "other places" in row["detail"]
+
+
 def test_the_rows_of_a_model_are_those_that_the_readme_reads(tmp_path, monkeypatch):
-    select = gpu.providers.select
-    monkeypatch.setattr(gpu.providers, "select", lambda names, device: select(["eager", "fused"], device))
-    monkeypatch.setattr(gpu, "BENCH_SECONDS", 1.0)
-    monkeypatch.setattr(gpu, "photographs", lambda count: torch.randn(count, 3, 64, 64))
-    group = gpu.session.Job("resnet18", 2, "fp32", "cpu")
+    select = whole.providers.select
+    monkeypatch.setattr(whole.providers, "select", lambda names, device: select(["eager", "fused"], device))
+    monkeypatch.setattr(whole, "photographs", lambda count: torch.randn(count, 3, 64, 64))
+    group = whole.session.Job("resnet18", 2, "fp32", "cpu")
     out = Sheet.open(tmp_path / "bench.json", {**HERE, "cpu": "Chip", "threads": 1}, "c")
-    work([Job({"level": "model"}, lambda: gpu.bench_one(group))], out, 60, say=lambda _: None)
+    work([Job({"level": "model"}, lambda: whole.bench_one(group, 1.0))], out, 60, say=lambda _: None)
     assert [(row["provider"], row["status"]) for row in out.rows] == [("eager", "ok"), ("fused", "ok")], out.rows
     assert "| **fused** |" in tables.section([out.path])
 
 
-def test_the_fastest_tile_wins_and_the_chooser_finds_it(monkeypatch):
-    monkeypatch.setattr(gpu.timing, "matmul_peak", lambda dtype, device: 1e6)
+@pytest.fixture
+def known_ceilings(monkeypatch):
+    monkeypatch.setattr(layers, "ceilings", lambda dtype: layers.Ceilings(100.0, 10.0))
+
+
+def test_a_layer_is_tuned_beside_stock_with_its_share_of_the_roofline(known_ceilings):
+    problem = cases.conv(16, 16, 8, n=6)
+    rows = list(tune.tune_one(problem, [], 0.5))
+    assert next(row["provider"] for row in rows) == "eager_channels_last" and len(rows) > 1
+    assert {row["status"] for row in rows} == {"ok"} and sum(row["winner"] for row in rows) == 1
+    floor = max(problem.flops / 100, problem.bytes / 10) / 1e6
+    assert all(row["roofline_share"] == pytest.approx(floor / row["ms_p50"]) for row in rows)
+
+
+def test_a_pointwise_layer_with_a_stride_is_not_charged_for_pixels_that_it_skips():
+    problem = cases.conv(64, 128, 8, 1, n=2, stride=2)
+    assert problem.bytes - layers.moved(problem) == 4 * 2 * 64 * (64 - 16)
+    assert layers.moved(cases.conv(64, 128, 8, stride=2)) == cases.conv(64, 128, 8, stride=2).bytes
+
+
+def test_a_large_batch_repeats_few_pictures():
+    problem = cases.conv(16, 16, 5, n=2 * layers.IMAGES + 1, residual=True)
+    made = layers.operands(problem)
+    assert made.x.shape == (problem.N, 16, 5, 5) and made.x.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(made.x[:layers.IMAGES], made.x[layers.IMAGES:2 * layers.IMAGES])
+    assert torch.equal(made.residual[0], made.residual[-1]) and not torch.equal(made.x[0], made.x[1])
+
+
+def way(tile, forward):
+    return tuner.Candidate("triton", tile, forward)
+
+
+def test_each_tile_runs_once_by_itself_before_it_is_timed():
+    problem = cases.TINY[0]
+    given = layers.operands(problem)
+
+    def broken(p, o):
+        raise RuntimeError("does not compile")
+
+    def said(candidate, avoid=()):
+        steps = ways.proven(candidate, problem, given, avoid)
+        rows = []
+        while True:
+            try:
+                rows.append(next(steps)["status"])
+            except StopIteration as end:
+                return rows, end.value
+
+    assert said(way({"kernel": "ws"}, lambda p, o: None)) == (["started"], True)
+    assert said(way({"kernel": "ws"}, broken)) == (["started", "failed"], False)
+    assert said(way(None, broken)) == ([], True)
+    assert said(way({"kernel": "ws"}, broken), [ways.mark(way({"kernel": "ws"}, broken))]) == ([], False)
+
+
+def test_time_that_runs_out_spares_no_kind_of_tile():
+    problem = cases.LAYERS["resnet50"][2][0]._replace(device="cuda", dtype="bf16", N=256)
+    tiles = ways.promising(problem, tune.candidates(problem, 90), each=2)
+    kinds = [ways.kind_of(asdict(tile)) for tile in tiles[1:]]
+    distinct = len(set(kinds))
+    assert distinct >= 3 and len(set(kinds[:distinct])) == distinct
+    assert all(kinds.count(kind) <= 2 for kind in kinds)
+    assert tiles[0] == layers.kernel("triton").pick(problem, 90)
+
+
+def test_winners_of_tune_reach_the_chooser_and_the_report(monkeypatch):
     monkeypatch.setattr(backends, "device_name", lambda device: "GPU")
-    problem = cases.LAYERS["resnet50"][1][0]._replace(device="cuda", dtype="bf16")
-    slow, fast = gpu.candidates(problem, 90)[:2]
-    ways = {("eager_channels_last", "stock", None): 4.0, ("fused_triton", "triton", slow): 3.0,
-            ("fused_triton", "triton", fast): 2.0}
-    rows = list(gpu.layer_rows(problem, [], {way: [ms * gpu.REPEATS] * 3 for way, ms in ways.items()},
-                               dict.fromkeys(ways, 0.0)))
-    assert [row["ms_p50"] for row in rows] == [4.0, 3.0, 2.0] and [row["vs_stock"] for row in rows] == [1, 4 / 3, 2]
-    assert [row["winner"] for row in rows] == [False, False, True]
-    assert gpu.learn([{**gpu.key(problem, "resnet50"), **row} for row in rows]) == 1
-    assert backends.cache().get(f"tuned conv_bn_act {problem.id} GPU")["tile"] == gpu.asdict(fast)
+    (problem, _), *_ = tune.layers("resnet50", 256, "bf16")[1:]
+    tile = asdict(tune.candidates(problem, 90)[0])
+    common = {**layers.key(problem, "resnet50", graph=True), "status": "ok", "floor_ms": 0.1, "vs_stock": 2.0}
+    rows = [{**common, "provider": "eager_channels_last", "backend": "reference", "tile": None, "ms_p50": 0.4,
+             "roofline_share": 0.25, "winner": False},
+            {**common, "provider": "fused_triton", "backend": "triton", "tile": tile, "ms_p50": 0.2,
+             "roofline_share": 0.5, "winner": True}]
+    assert tune.learn(rows) == 1
+    assert backends.cache().get(backends.tuned_key("conv_bn_act", problem))["tile"] == tile
+    line, = [line for line in tune.report(rows) if line.startswith("<")]
+    assert problem.id in line and "50%" in line and "stock 0.4000" in line
+    assert any("not measured" in line for line in tune.report(rows))
 
 
-def test_every_job_has_a_key_of_its_own():
-    for stage in (gpu.check_jobs, gpu.tune_jobs, gpu.bench_jobs):
-        keys = [tuple(sorted(job.key.items())) for job in stage(arch=90)]
-        assert keys and len(set(keys)) == len(keys), stage.__name__
+def ground_row(problem, provider, ms, model="kinds"):
+    return {**layers.key(problem, model), "level": "ground", "provider": provider, "status": "ok", "ms_p50": ms,
+            "floor_ms": 0.1, "roofline_share": 0.1 / ms}
+
+
+def test_the_ground_report_names_the_winner_of_each_shape():
+    problem = ground.DECISIVE[0]
+    rows = [ground_row(problem, "gather", 0.2), ground_row(problem, "box", 0.16), ground_row(problem, "box", 0.3),
+            ground_row(problem, "cudnn", 0.24), ground_row(problem, "cudnn conv alone", 0.12, "cudnn"),
+            ground_row(problem, "cudnn relu", 0.15, "cudnn"),
+            {"level": "ground", "model": "l2", "provider": "L2 reads of 20 MB", "status": "ok", "ms_p50": 1.0,
+             "rate": 5.123, "unit": "TB/s"},
+            {"level": "ground", "model": "barrier", "provider": "barrier", "status": "failed", "detail": "hung"}]
+    text = "\n".join(ground.report(rows))
+    assert "-> box by 25%" in text and "-> cudnn relu by 0%" in text
+    assert "box 0.1600 (62%)" in text and "5.12 TB/s" in text and "failed: barrier barrier hung" in text
+
+
+def test_ground_rows_are_never_shipped_as_winners(known_ceilings, monkeypatch):
+    problem = cases.conv(16, 16, 6)
+    for row in ground.measured(problem, tuner.candidates("conv_bn_act", problem), 0.2):
+        assert row["winner"] is False and row["floor_ms"] > 0
+
+
+def model_row(provider, ms, graph=False, model="resnet50", batch=256, **more):
+    return {"level": "model", "model": model, "batch": batch, "dtype": "bf16", "mode": "inference", "status": "ok",
+            "provider": provider, "graph": graph, "ms_p50": ms, "images_per_s": batch / ms * 1e3, **more}
+
+
+def test_targets_say_what_was_met_missed_and_not_measured():
+    rows = [model_row("eager_channels_last", 18.0), model_row("compile", 9.5), model_row("fused", 6.0),
+            model_row("fused_triton", 8.0, kernels={"conv_gemm": 50, "sm90_xmma_fprop_implicit_gemm_bf16": 3}),
+            model_row("fused", 0.3, model="resnet50", batch=1), model_row("fused", 0.15, True, "resnet50", 1)]
+    lines = targets.report(rows)
+    assert len(lines) == len(targets.TARGETS) + 1
+    told = {str(target): line for target, line in zip(targets.TARGETS, lines, strict=False)}
+    assert [line.split()[0] for line in told.values()] == [
+        "met", "met", "met", "MISSED", "MISSED", "not", "not", "not", "met"]
+    assert lines[4].endswith(": 3") and lines[8].endswith(": 0.15")
+    assert "resnet50 batch 256 images/s 3.2e+04 of 36000" in lines[-1]
+    assert targets.report(rows[:3])[-1] == "nothing that was measured fell short"
+
+
+def test_the_bench_report_prints_rows_kernels_and_targets():
+    lines = whole.report([model_row("fused_triton", 8.0, kernels={"conv_gemm": 50}, roofline_share=0.5)])
+    assert "32000 images/s 50%" in lines[0] and "ran 50 conv_gemm" in lines[1] and "MISSED" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(("status", "output", "expected"), [
+    (0, "=========     ERROR SUMMARY: 0 errors", "ok"), (9, "========= Invalid write\n========= at conv_gemm", "wrong"),
+    (1, "Traceback", "failed"), (None, "", "failed"), (0, "no summary", "failed")])
+def test_what_the_sanitizer_says(status, output, expected):
+    assert sanitize.verdict(status, output)["status"] == expected
+
+
+def test_a_sanitizer_that_cannot_run_is_said_to_be_unavailable(monkeypatch):
+    monkeypatch.setattr(sanitize.shutil, "which", lambda name, path=None: None)
+    assert [row["status"] for row in sanitize.run("memcheck")] == ["refused"]
+    monkeypatch.setattr(sanitize.shutil, "which", lambda name, path=None: "tool")
+    monkeypatch.setattr(sanitize, "command", lambda arguments, seconds: (1, "Device not supported"))
+    row, = sanitize.run("memcheck")
+    assert row == {"status": "refused", "detail": "unavailable: Device not supported"}
+
+
+def test_a_command_that_hangs_ends_with_what_it_started():
+    status, output = sanitize.command([sys.executable, "-c", "print('begun', flush=True); import time; time.sleep(99)"],
+                                      5)
+    assert status is None and output == "begun\n"
+
+
+def test_the_sanitizer_watches_every_kind_of_tile():
+    kinds = {ways.kind_of(asdict(tile)) for _, tile in sanitize.launches(90) if tile}
+    assert {"gather", "gather swapped", "gather split", "box", "gemm1x1", "grouped", "depthwise"} <= kinds
+    assert any(tile is None for _, tile in sanitize.launches(90))
+
+
+STAGES = {"check": check.jobs, "tune": tune.jobs, "bench": whole.jobs, "ground": ground.jobs}
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def plan(request):
+    return sorted(STAGES[request.param](arch=90), key=lambda job: -job.value)
+
+
+def test_every_job_has_a_key_of_its_own_and_crosses_to_another_process(plan):
+    keys = [json.dumps(job.key, sort_keys=True) for job in plan]
+    assert keys and len(set(keys)) == len(keys)
+    for job in plan:
+        pickle.loads(pickle.dumps(job.run))
+        assert json.loads(json.dumps(job.key)) == job.key, "a row read back must be found by its key"
+
+
+def fits(jobs, count, budget=540):
+    return sum(job.seconds for job in jobs[:count]) <= budget - sheet.RESERVE
+
+
+def of(jobs, **fields):
+    return [i for i, job in enumerate(jobs) if all(job.key.get(k) == v for k, v in fields.items())]
+
+
+def test_the_most_valuable_rows_of_each_stage_fit_one_run():
+    checks, tuning, bench, grounds = (sorted(STAGES[s](90), key=lambda j: -j.value)
+                                      for s in ("check", "tune", "bench", "ground"))
+    assert sum(job.seconds for job in grounds) <= 90
+    for model in ("resnet50", "tests/gpu", "compute-sanitizer memcheck"):
+        assert fits(checks, of(checks, model=model, **({"dtype": "bf16"} if model == "resnet50" else {}))[-1])
+    for model, batch in (("resnet50", 256), ("resnet18", 256), ("resnet50", 1), ("resnext50_32x4d", 128)):
+        assert fits(tuning, 1 + of(tuning, model=model, batch=batch, dtype="bf16", level="layer")[-1]), (model, batch)
+    for target in targets.TARGETS:
+        assert fits(bench, 1 + of(bench, model=target.model, batch=target.batch, dtype="bf16")[0]), target

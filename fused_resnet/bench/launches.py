@@ -117,10 +117,19 @@ def count(fn: Callable[[], object], *, device: str = "cpu") -> Counter[str]:
     for event in _host(events):
         counted += _count(event, kernels)
     if kernels:
-        ran = sum(e.device_type == torch.autograd.DeviceType.CUDA and not e.name.startswith(("Memset", "Memcpy"))
-                  and not getattr(e, "is_user_annotation", False) for e in events)
-        counted["other"] += max(0, ran - sum(counted.values()))
+        counted["other"] += max(0, len(_ran(events)) - sum(counted.values()))
     return +counted
+
+
+def _ran(events: Any) -> list[str]:
+    """Names of the CUDA kernels among the events, in order; copies and fills by the driver are none."""
+    return [e.name for e in events if e.device_type == torch.autograd.DeviceType.CUDA
+            and not e.name.startswith(("Memset", "Memcpy")) and not getattr(e, "is_user_annotation", False)]
+
+
+def kernel_names(fn: Callable[[], object]) -> Counter[str]:
+    """Counts the CUDA kernels that one call runs, by their names."""
+    return Counter(_ran(_profile(fn, True)))
 
 
 def per_label(fn: Callable[[], object], *, device: str = "cpu") -> dict[str, Counter[str]]:

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import check, layers
 from fused_resnet import numerics
 from fused_resnet.testing import cases, inputs
 
-BACKENDS = gpu.KERNELS
-DTYPES = gpu.DTYPES
+BACKENDS = layers.KERNELS
+DTYPES = layers.DTYPES
 LAYERS = [problem for problem, _ in cases.LAYERS["resnet50"]]
 
 
@@ -17,11 +17,11 @@ def on_gpu(problem, dtype="fp16", **sizes):
 
 
 def launch(backend, problem, operands):
-    reason = gpu.kernel(backend).refuse(problem)
+    reason = layers.kernel(backend).refuse(problem)
     if reason:
         pytest.skip(f"{backend}: {reason}")
     with torch.no_grad():
-        return gpu.kernel(backend).forward(problem, operands)
+        return layers.kernel(backend).forward(problem, operands)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -29,7 +29,7 @@ def launch(backend, problem, operands):
 @pytest.mark.parametrize("problem", cases.CATALOGUE, ids=lambda p: p.id)
 def test_the_catalogue(problem, dtype, backend):
     """Error against fp64, NaN-poisoned outputs, guard bands, the same bits twice."""
-    for row in gpu.check_one(on_gpu(problem, dtype), backend):
+    for row in check.check_one(on_gpu(problem, dtype), backend):
         assert row["status"] in ("ok", "refused"), row["detail"]
 
 
@@ -66,7 +66,7 @@ def test_more_than_2_to_the_31_elements(backend):
     result = launch(backend, problem, large)[-1:]
     one = problem._replace(N=1)
     bound = numerics.check(result, inputs.stock(one, small), inputs.stock(one, small, torch.float64),
-                           dtype=problem.dtype, depth=problem.depth, folded=gpu.kernel(backend).FOLDED)
+                           dtype=problem.dtype, depth=problem.depth, folded=layers.kernel(backend).FOLDED)
     assert bound.ok, bound
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks import gpu
 from fused_resnet import numerics
+from fused_resnet.bench.session import precision
 from fused_resnet.kernels.triton import conv_bn_act, tiles
 from fused_resnet.testing import cases, inputs
 
@@ -22,7 +22,7 @@ def test_the_last_candidate_of_each_layer(kind, dtype):
                  if tile.kernel == kind or (kind == "split" and tile.SPLIT_K > 1)]
         for tile in found[-1:]:
             ran += 1
-            with torch.no_grad(), gpu.precision(dtype):
+            with torch.no_grad(), precision(dtype):
                 operands = inputs.make(problem)
                 result, again = (conv_bn_act.forward(problem, operands, tile) for _ in range(2))
                 bound = numerics.check(result, inputs.stock(problem, operands),
