@@ -30,7 +30,8 @@ from typing import Any
 
 import torch
 
-from fused_resnet import numerics
+from fused_resnet import judge
+from fused_resnet.judge import widen
 from fused_resnet.problem import ConvProblem
 from fused_resnet.tuning import Cache, Table, same_tile
 
@@ -228,7 +229,7 @@ def kernels(family: str, problem: ConvProblem) -> dict[str, Any]:
 
 
 def reference(family: str) -> Callable[[Any, Any], Any]:
-    """Stock PyTorch's answer to problems of the family; of fp64 problems it takes operands from `widen`."""
+    """Stock PyTorch's answer to problems of the family."""
     return _references[family]
 
 
@@ -354,31 +355,27 @@ def _verdict_key(family: str, name: str, problem: ConvProblem, tile: dict[str, A
     return f"verdict {family} {name} {problem.layer.id} {device_name(problem.device)}"
 
 
-def _self_check(family: str, choice: Choice, problem: ConvProblem, operands: Any, result: torch.Tensor) -> torch.Tensor:
-    """Compares the first and last image with the reference before the kernel is believed."""
-    if result.is_cuda and torch.cuda.is_current_stream_capturing():
+def _self_check(family: str, choice: Choice, problem: Any, operands: Any, result: Any) -> Any:
+    """Compares a result, its first and last image if that will do, with the reference before the kernel is believed."""
+    if problem.device == "cuda" and torch.cuda.is_current_stream_capturing():
         return result
-    ends = [0, problem.N - 1] if problem.N > 1 else [0]
     try:
-        few = operands._replace(**{f: getattr(operands, f)[ends] for f in ("x", "residual")
-                                   if getattr(operands, f) is not None})
-        small = problem._replace(N=len(ends))
-        stock = _references[family](small, few)
-        exact = _references[family](small._replace(dtype="fp64"), widen(few))
-        bound = numerics.check(result[ends], stock, exact, dtype=problem.dtype, depth=problem.depth,
-                               folded=choice.folded)
+        few_problem, few, few_result = judge.ends(problem, operands, result)
+        judged = judge.Judge(_references[family], few_problem, few)
+        bounds = judged(few_result, choice.folded)
     except torch.OutOfMemoryError:
         return result  # unchecked; tried again at the next launch
-    if not math.isfinite(exact.sum().item()):
+    if not judged.finite:
         return result  # says nothing about the kernel
-    fine = bound.error.max <= SLACK * bound.max_allowed and bound.error.rms <= SLACK * bound.rms_allowed
+    fine = all(b.error.max <= SLACK * b.max_allowed and b.error.rms <= SLACK * b.rms_allowed
+               and b.error.nonfinite_match for b in bounds)
     key, keep = _verdict_key(family, choice.name, problem, choice.tile), setting("SELF_CHECK", "first") == "first"
-    if fine and bound.error.nonfinite_match:
+    if fine:
         choice.trusted = keep
         if keep:
             cache().set(key, "ok")
         return result
-    verdict = f"failed its self-check on this machine: {bound}"
+    verdict = f"failed its self-check on this machine: {'; '.join(map(str, bounds))}"
     with _lock:
         _broken[key] = verdict
         for one in [k for k, c in _choices.items() if c.name == choice.name and c.tile == choice.tile
@@ -388,11 +385,6 @@ def _self_check(family: str, choice: Choice, problem: ConvProblem, operands: Any
     warnings.warn(f"fused_resnet disables {choice.name} for {problem.id} on {device_name(problem.device)}: {verdict}. "
                   f"The reference runs instead; please report this line.", stacklevel=2)
     return _references[family](problem, operands)
-
-
-def widen(operands: Any) -> Any:
-    """The operands in fp64: what an error is judged against is computed from them."""
-    return type(operands)(*[v.double() if isinstance(v, torch.Tensor) else v for v in operands])
 
 
 __all__ = ["NAMES", "Choice", "adopt", "all_finite", "available", "cache", "choose", "device_name", "enabled",

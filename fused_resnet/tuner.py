@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from fused_resnet import backends, numerics, timing
+from fused_resnet import backends, timing
+from fused_resnet.judge import Judge
 from fused_resnet.problem import ConvProblem
 
 SECONDS = 2.0  # for one problem at its first use; compiling may overrun it by one kernel
@@ -38,6 +39,8 @@ MOST_INPUTS = 10
 ORDER = {"cuda": ("reference", "cudnn", "triton"), "cpu": ("cpu", "reference")}
 # Rows that nobody needs to measure again.
 SETTLED = ("tuned", "shipped")
+
+UNCHANGED = contextlib.nullcontext()
 
 log = logging.getLogger("fused_resnet")
 _one_at_a_time = threading.Lock()
@@ -94,18 +97,22 @@ def measure(family: str, problem: ConvProblem, operands: Any, budget: float = SE
         RuntimeError: stock itself fails, as for want of memory.
     """
     end, tell = time.perf_counter() + budget, on_progress or (lambda share: None)
-    here = torch.cuda.device(operands.x.device) if operands.x.is_cuda else contextlib.nullcontext()
+    cuda = problem.device == "cuda"
+    here = torch.cuda.device(next(t.device for t in operands if isinstance(t, torch.Tensor))) if cuda else UNCHANGED
     with torch.no_grad(), here:
         pool, ways = _inputs(problem, operands), ways or candidates(family, problem)
-        judge = _Judge(family, problem, operands._replace(reuse=False))
+        operands = operands._replace(reuse=False)  # as copied, those that are timed keep the flag
+        judge = Judge(backends.reference(family), problem, operands)
+        if not judge.finite:
+            raise ValueError("the result is not finite, nothing can be judged by it")
         rows: list[dict[str, Any]] = []
         calls: dict[int, timing.Call] = {}
-        memory = torch.cuda.graph_pool_handle() if operands.x.is_cuda else None
+        memory = torch.cuda.graph_pool_handle() if cuda else None
         for done, way in enumerate(ways):
             late = time.perf_counter() > end - (1 - PREPARING) * budget
             if late and any(row["backend"] == way.backend for row in rows):
                 continue
-            rows.append(judge(way))
+            rows.append(_judged(way, judge, operands))
             if rows[-1]["status"] == "ok":
                 try:
                     calls[len(rows) - 1] = _call(way, problem, pool, memory)
@@ -116,9 +123,9 @@ def measure(family: str, problem: ConvProblem, operands: Any, budget: float = SE
         names = {str(i): i for i in calls}
         samples = timing.measure(
             {name: calls[i] for name, i in names.items()}, dict.fromkeys(names, pool),
-            device="cuda" if operands.x.is_cuda else "cpu", budget=end - time.perf_counter(), min_rounds=MIN_ROUNDS,
+            device="cuda" if cuda else "cpu", budget=end - time.perf_counter(), min_rounds=MIN_ROUNDS,
             on_round=lambda share: tell(PREPARING + (1 - PREPARING) * share))
-    launches = len(pool) if operands.x.is_cuda else 1
+    launches = len(pool) if cuda else 1
     _rank(rows, {names[name]: [ms / launches for ms in times] for name, times in samples.items()},
           ORDER.get(problem.device, ("reference",)))
     return rows
@@ -169,7 +176,7 @@ def recorded() -> Iterator[dict[tuple[str, ConvProblem], int]]:
 
 
 def _first_use(family: str, problem: ConvProblem, operands: Any, seconds: float) -> None:
-    if backends.forced() or operands.x.is_cuda and torch.cuda.is_current_stream_capturing():
+    if backends.forced() or problem.device == "cuda" and torch.cuda.is_current_stream_capturing():
         return
     choice = backends.choose(family, problem)
     if choice.tried or choice.label in SETTLED:
@@ -206,36 +213,20 @@ def name_of(row: Mapping[str, Any]) -> str:
     return " ".join(filter(None, (row["backend"], (row["tile"] or {}).get("kernel"), sizes)))
 
 
-class _Judge:
-    """Runs candidates once and compares them with stock in fp64."""
-
-    def __init__(self, family: str, problem: ConvProblem, operands: Any) -> None:
-        self.problem, self.operands = problem, operands
-        reference = backends.reference(family)
-        self.stock = _tensors(reference(problem, operands))
-        self.exact = _tensors(reference(problem._replace(dtype="fp64"), backends.widen(operands)))
-        if not all(bool(torch.isfinite(t.sum())) for t in self.exact):
-            raise ValueError("the result is not finite, nothing can be judged by it")
-
-    def __call__(self, way: Candidate) -> dict[str, Any]:
-        row: dict[str, Any] = {"backend": way.backend, "tile": way.tile, "status": "ok", "detail": "", "winner": False}
-        row |= dict.fromkeys(("rel_error", "ms_p20", "ms_p50", "ms_p80", "vs_stock"))
-        try:
-            result = self.stock if way.backend == "reference" else way.forward(self.problem, self.operands)
-            if result is NotImplemented:
-                return {**row, "status": "failed", "detail": "declined at the launch"}
-            bounds = [numerics.check(*one, dtype=self.problem.dtype, depth=self.problem.depth, folded=way.folded)
-                      for one in zip(_tensors(result), self.stock, self.exact, strict=True)]
-        except Exception as error:  # whatever a compiler raises
-            return {**row, "status": "failed", "detail": _line(error)}
-        row["rel_error"] = max(bound.error.rel for bound in bounds)
-        wrong = [str(bound) for bound in bounds if not bound.ok]
-        return {**row, "status": "wrong", "detail": "; ".join(wrong)} if wrong else row
-
-
-def _tensors(result: Any) -> tuple[torch.Tensor, ...]:
-    """The results of a launch; families of training have several, and some may be absent."""
-    return tuple(t for t in (result if isinstance(result, tuple) else (result,)) if t is not None)
+def _judged(way: Candidate, judge: Judge, operands: Any) -> dict[str, Any]:
+    """The row of a candidate, before it is timed."""
+    row: dict[str, Any] = {"backend": way.backend, "tile": way.tile, "status": "ok", "detail": "", "winner": False}
+    row |= dict.fromkeys(("rel_error", "ms_p20", "ms_p50", "ms_p80", "vs_stock"))
+    try:
+        result = judge.stock if way.backend == "reference" else way.forward(judge.problem, operands)
+        if result is NotImplemented:
+            return {**row, "status": "failed", "detail": "declined at the launch"}
+        bounds = judge(result, way.folded)
+    except Exception as error:  # whatever a compiler raises
+        return {**row, "status": "failed", "detail": _line(error)}
+    row["rel_error"] = max(bound.error.rel for bound in bounds)
+    wrong = [str(bound) for bound in bounds if not bound.ok]
+    return {**row, "status": "wrong", "detail": "; ".join(wrong)} if wrong else row
 
 
 def _inputs(problem: ConvProblem, operands: Any) -> list[Any]:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fused_resnet"
 MAX_LINES = 400
 
-LEAVES = {"problem", "numerics", "timing", "library"}
+LEAVES = {"problem", "numerics", "timing", "judge", "library"}
 BELOW_OPS = LEAVES | {"tuning", "backends", "tuner"}
 BELOW_NN = BELOW_OPS | {"ops", "functional"}
 BELOW_FUSING = BELOW_NN | {"nn", "models"}
@@ -21,6 +21,7 @@ ALLOWED = {
     "problem": set(),
     "numerics": set(),
     "timing": set(),
+    "judge": {"problem", "numerics"},
     "library": LEAVES,
     "tuning": LEAVES,
     "backends": LEAVES | {"tuning"},

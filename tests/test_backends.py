@@ -4,11 +4,13 @@ import importlib
 import json
 import warnings
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from fused_resnet import backends
+from fused_resnet import backends, judge
 from fused_resnet.kernels.cpu import conv_bn_act as onednn
 from fused_resnet.ops import conv_bn_act as family
 from fused_resnet.testing import inputs
@@ -259,8 +261,8 @@ def test_a_problem_is_seen_before_it_runs(fresh):
 
 
 def test_first_use_is_checked_once_and_remembered(fresh, tmp_path, monkeypatch):
-    checks, check = [], backends.numerics.check
-    monkeypatch.setattr(backends.numerics, "check", lambda *a, **k: checks.append(1) or check(*a, **k))
+    checks, check = [], judge.numerics.check
+    monkeypatch.setattr(judge.numerics, "check", lambda *a, **k: checks.append(1) or check(*a, **k))
     launch()
     launch(seed=1)
     launch(PROBLEM._replace(N=5))
@@ -327,7 +329,7 @@ def test_memory_running_short_leaves_the_check_for_later(fresh, tmp_path, monkey
         raise torch.OutOfMemoryError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(backends.numerics, "check", short)
+        patch.setattr(judge.numerics, "check", short)
         launch()
     assert not (tmp_path / "cache.json").exists()
     launch()
@@ -343,3 +345,32 @@ def test_broken_cache_file_is_reported_once_and_left_alone(fresh, tmp_path):
         warnings.simplefilter("error")
         launch(PROBLEM._replace(C=32))
     assert (tmp_path / "cache.json").read_text() == "{ half a fi"
+
+
+class Pair(NamedTuple):
+    """Operands of a family of training, for which the batch is one: a mask among them."""
+
+    x: torch.Tensor
+    mask: torch.Tensor
+    reuse: bool = False
+
+
+@pytest.mark.parametrize(("error", "ok"), [(0.0, True), (1e-3, False)])
+def test_families_with_several_results_are_checked_over_the_whole_batch(fresh, monkeypatch, tmp_path, error, ok):
+    def moments(problem, operands):
+        assert operands.mask.dtype is torch.uint8
+        return operands.x.mean(0), operands.x.square().mean(0), None, operands.mask
+
+    kernel = SimpleNamespace(FOLDED=False, needs_finite=lambda problem: False, refuse=lambda problem: None)
+    kernel.forward = lambda problem, operands: (operands.x.mean(0), operands.x.square().mean(0) + error, None,
+                                                1 - operands.mask)
+    monkeypatch.setitem(backends._references, "moments", moments)
+    monkeypatch.setattr(backends, "_offers", lambda name, family: name == "cpu")
+    monkeypatch.setattr(backends, "_kernel", lambda family, name: kernel)
+    operands = Pair(torch.randn(2, 16, 6, 6), torch.ones(2, 16, 6, 6, dtype=torch.uint8))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            result = backends.run("moments", PROBLEM, operands)
+    assert torch.equal(result[1], operands.x.square().mean(0)) and backends.last() == ("cpu" if ok else "reference")
+    assert len(caught) == (0 if ok else 1) and [v == "ok" for v in rows(tmp_path).values()] == [ok]

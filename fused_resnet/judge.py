@@ -1,0 +1,63 @@
+"""Compares what a kernel returned with the reference: in the same precision and, on the same rounded inputs, in fp64.
+
+The self-check of a kernel's first launch and the tuner judge alike; what is allowed stands in `numerics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fused_resnet import numerics
+from fused_resnet.problem import ConvOperands
+
+Reference = Callable[[Any, Any], Any]
+
+
+class Judge:
+    """The answers of the reference to one problem, and the verdict over others.
+
+    Args:
+        reference: of the family.
+        problem: what is computed.
+        operands: its tensors; they are read once in fp64.
+    """
+
+    def __init__(self, reference: Reference, problem: Any, operands: Any) -> None:
+        self.problem = problem
+        self.stock = floating(reference(problem, operands))
+        self.exact = floating(reference(problem._replace(dtype="fp64"), widen(operands)))
+
+    @property
+    def finite(self) -> bool:
+        """Whether the right answer holds neither NaN nor Inf: else it says little about a kernel."""
+        return all(bool(torch.isfinite(t.sum())) for t in self.exact)
+
+    def __call__(self, result: Any, folded: bool = False) -> list[numerics.Bound]:
+        """The error of every result and what it may be; `folded` as in `numerics.check`."""
+        return [numerics.check(*one, dtype=self.problem.dtype, depth=self.problem.depth, folded=folded)
+                for one in zip(floating(result), self.stock, self.exact, strict=True)]
+
+
+def floating(result: Any) -> tuple[torch.Tensor, ...]:
+    """The results of a launch that have a rounding error: families of training return several, masks among them."""
+    every = result if isinstance(result, tuple | list) else (result,)
+    return tuple(t for t in every if isinstance(t, torch.Tensor) and t.is_floating_point())
+
+
+def widen(operands: Any) -> Any:
+    """The operands in fp64, but for masks."""
+    return type(operands)(*[v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+                            for v in operands])
+
+
+def ends(problem: Any, operands: Any, result: Any) -> tuple[Any, Any, Any]:
+    """The same for the first and last image, where images do not depend on each other; else as it is."""
+    if not isinstance(operands, ConvOperands) or not isinstance(result, torch.Tensor):
+        return problem, operands, result
+    at = [0, problem.N - 1] if problem.N > 1 else [0]
+    images = {name: getattr(operands, name) for name in ("x", "residual")}
+    few = operands._replace(**{name: t[at] for name, t in images.items() if t is not None})
+    return problem._replace(N=len(at)), few, result[at]
