@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fused_resnet as fr
-from fused_resnet import backends, graphs
+from fused_resnet import backends, graphs, numerics
 from fused_resnet.kernels import packing
 from tests.nets import randomize
 
@@ -154,7 +154,7 @@ def test_nothing_is_checked_or_packed_while_recording(monkeypatch):
 
     backends.cache().clear()
     backends.reset()
-    monkeypatch.setattr(backends.numerics, "check", outside(backends.numerics.check))
+    monkeypatch.setattr(numerics, "check", outside(numerics.check))
     kept = packing._packs.copy()
     call = fr.capture(network(), rows(4))
     fresh = [value for key, (_, _, value) in packing._packs.items() if key not in kept]
