@@ -29,8 +29,9 @@ def activate(v, KIND: tl.constexpr):
 def fold(bias, gamma, beta, mean, var, eps, channel, ok):
     """Scale and shift with `v * scale + shift == (v + bias - mean) * gamma / sqrt(var + eps) + beta`.
 
-    Vectors that are None are left out, and what nothing remains of is a plain number. `channel` may have any shape;
-    loads are masked with `ok`. Gluon kernels call this and `activate` too, so neither makes a tensor without a layout.
+    Vectors that are None are left out, and what nothing remains of is a plain number; a scale and a shift made before
+    come as gamma and beta alone. `channel` may have any shape; loads are masked with `ok`. Gluon kernels call this and
+    `activate` too, so neither makes a tensor without a layout.
     """
     scale, shift = 1.0, 0.0
     if bias is not None:
@@ -38,11 +39,13 @@ def fold(bias, gamma, beta, mean, var, eps, channel, ok):
     if var is not None:
         # Correctly rounded on a GPU too: rsqrt's approximation would cost one more ulp of every output.
         scale = tl.div_rn(scale, tl.sqrt_rn(tl.load(var + channel, mask=ok, other=1.0).to(tl.float32) + eps))
-        if gamma is not None:
-            scale *= tl.load(gamma + channel, mask=ok, other=0.0).to(tl.float32)
-        shift = (shift - tl.load(mean + channel, mask=ok, other=0.0).to(tl.float32)) * scale
-        if beta is not None:
-            shift += tl.load(beta + channel, mask=ok, other=0.0).to(tl.float32)
+    if gamma is not None:
+        scale *= tl.load(gamma + channel, mask=ok, other=0.0).to(tl.float32)
+    if mean is not None:
+        shift -= tl.load(mean + channel, mask=ok, other=0.0).to(tl.float32)
+    shift *= scale
+    if beta is not None:
+        shift += tl.load(beta + channel, mask=ok, other=0.0).to(tl.float32)
     return scale, shift
 
 
