@@ -19,14 +19,16 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32",
          torch.int64: "i64", torch.uint8: "u8", torch.int8: "i8"}
 # HGMMA: warpgroup mma of Hopper. HMMA: the mma.sync of older chips, on Hopper a fall-back. LDL and STL: local
-# memory, that is spills. LDGSTS: cp.async. UTMALDG: a load by the tensor memory accelerator.
-INSTRUCTIONS = ("HGMMA", "QGMMA", "IGMMA", "HMMA", "LDGSTS", "UTMALDG", "LDL", "STL", "FFMA", "IMAD")
+# memory, that is spills. LDGSTS: cp.async. UTMALDG, UTMASTG: a load, a store by the tensor memory accelerator.
+INSTRUCTIONS = ("HGMMA", "QGMMA", "IGMMA", "HMMA", "LDGSTS", "UTMALDG", "UTMASTG", "LDL", "STL", "FFMA", "IMAD")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Report:
     spill_bytes: int
     shared_bytes: int
     serialized: bool  # ptxas gave up overlapping wgmma (warning C75xx)
+    partitions: int  # groups of warps with a program of their own, beside the default one
+    reassigned: bool  # those groups give registers up (setmaxnreg)
     from_registers: int  # wgmma whose first operand is in registers; the others read both from shared memory
     count: Mapping[str, int]
 
@@ -51,7 +55,7 @@ def build(kernel: Any, arguments: Mapping[str, Any], arch: int, options: Mapping
     """Compiles `kernel` as the launch with these arguments would.
 
     Args:
-        kernel: a `@triton.jit` function.
+        kernel: a `@triton.jit` or `@gluon.jit` function.
         arguments: value of every parameter; tensors may be on the meta device.
         arch: compute capability without the dot.
         options: num_warps and num_stages.
@@ -72,14 +76,16 @@ def build(kernel: Any, arguments: Mapping[str, Any], arch: int, options: Mapping
         elif isinstance(value, torch.Tensor):
             # The launcher finds PyTorch's allocations aligned; without the hint no load would be vectorised.
             types[parameter.name], hints[(i,)] = "*" + TYPES[value.dtype], [["tt.divisibility", 16]]
-        elif isinstance(value, TensorDescriptor):
+        elif isinstance(value, (TensorDescriptor, GluonDescriptor)):
             block = ",".join(map(str, value.block_shape))
-            types[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
+            layout = f",{value.layout!r}" if isinstance(value, GluonDescriptor) else ""
+            types[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]{layout}>"
         elif isinstance(value, float):
             types[parameter.name] = "fp32"
         else:
             types[parameter.name] = "i32" if value < 2**31 else "i64"
-    return triton.compile(ASTSource(kernel, types, values, hints), target=GPUTarget("cuda", arch, 32),
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    return triton.compile(source(kernel, types, values, hints), target=GPUTarget("cuda", arch, 32),
                           options=dict(options))
 
 
@@ -112,6 +118,8 @@ def inspect(compiled: Any, arch: int) -> Report:
         registers=_number(r"REG:(\d+)", usage), stack_bytes=_number(r"STACK:(\d+)", usage),
         spill_bytes=_number(r"(\d+) bytes spill stores", verbose) + _number(r"(\d+) bytes spill loads", verbose),
         shared_bytes=compiled.metadata.shared, serialized=bool(re.search(r"C75\d\d", verbose)),
+        partitions=len(re.findall(r"^ *partition\d+\(", compiled.asm["ttgir"], re.MULTILINE)),
+        reassigned="setmaxnreg" in compiled.asm["ptx"],
         from_registers=sum(text.count("{") > 1 for text in re.findall(r"wgmma\.mma_async[^;]*;", compiled.asm["ptx"])),
         count={name: len(re.findall(rf"\b{name}", sass)) for name in INSTRUCTIONS})
 

@@ -10,6 +10,8 @@ from fused_resnet.testing.cases import CATALOGUE, LAYERS, conv
 ARCHS = (80, 86, 87, 89, 90, 100, 120)
 NETWORK_LAYERS = [problem._replace(N=n) for layers in LAYERS.values() for problem, _ in layers for n in (1, 64)]
 TMA = {"kernel": "box", "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
+WS = {**TMA, "kernel": "ws"}
+HALF = {"dtype": "bf16", "device": "cuda"}
 LEGAL = legal.Tile("gemm", 64, 64, 32)
 
 
@@ -54,6 +56,17 @@ def test_windows_keep_four_warps_on_hopper():
     ({**TMA, "BLOCK_M": 256, "BLOCK_N": 128, "num_warps": 8}, {"dtype": "bf16", "residual": True}, 90, "spill"),
     ({**TMA, "BLOCK_M": 256, "BLOCK_N": 128, "num_warps": 8, "SWAP": True}, {"dtype": "bf16", "residual": True}, 90,
      None),
+    (WS, {}, 90, None), (WS, {}, 80, "not on sm_80"), (WS, {"groups": 2}, 90, "no groups"),
+    (WS, {"prologue": "relu"}, 90, "no groups and no prologue"), ({**WS, "SPLIT_K": 2}, {}, 90, "of the kernel ws"),
+    ({**WS, "BLOCK_K": 64}, {}, 90, "BLOCK_K=64"), ({**WS, "num_stages": 9}, {}, 90, "9 stages"),
+    ({**WS, "num_warps": 8}, HALF, 90, "8 warps do not share 64 rows"), (WS, {**HALF, "C": 36}, 90, "36 -> 64"),
+    ({**WS, "BLOCK_M": 512, "BLOCK_N": 16, "num_stages": 2}, {}, 90, "512 x 16"), (WS, {"C": 48}, 90, "divide 48"),
+    ({**WS, "BLOCK_M": 256, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}, HALF, 90,
+     "263168 bytes of shared memory"), (WS, {"device": "cuda"}, 90, "fp32 without tensor cores"),
+    ({**WS, "BLOCK_M": 128, "BLOCK_N": 128}, {**HALF, "residual": True}, 90, "128 sums of a thread spill"),
+    ({**WS, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8}, {**HALF, "residual": True}, 90, None),
+    ({**WS, "BLOCK_M": 128, "BLOCK_N": 256, "num_warps": 8}, HALF, 90, "scales and shifts of 256"),
+    ({**WS, "BLOCK_M": 128, "BLOCK_N": 256, "num_warps": 8, "SWAP": True}, {**HALF, "residual": True}, 90, None),
     ({"kernel": "grouped"}, {"groups": 2}, 90, "fit BLOCK_K=32 twice"),
     ({"kernel": "grouped"}, {"groups": 8}, 90, "BLOCK_N=64 is not"),
     ({"kernel": "grouped", "BLOCK_N": 32}, {"groups": 8}, 90, None)])
@@ -99,4 +112,4 @@ def test_candidates_are_legal_distinct_and_begin_with_the_shipped_tile(arch):
         assert len(set(found)) == len(found)
         assert not any(legal.legal(tile, problem, arch) for tile in found)
         kernels |= {tile.kernel for tile in found}
-    assert kernels == {"gemm", "grouped", "depthwise", *(legal.TMA if arch == 90 else ())}
+    assert kernels == {"gemm", "grouped", "depthwise", *((*legal.TMA, legal.WS) if arch == 90 else ())}

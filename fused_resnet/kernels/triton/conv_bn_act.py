@@ -25,7 +25,7 @@ from fused_resnet.kernels.triton import conv_bn_act_tma as tma
 from fused_resnet.kernels.triton import tiles
 from fused_resnet.kernels.triton.epilogue import activate, finish, fold
 from fused_resnet.kernels.triton.launch import arch_of, launch
-from fused_resnet.kernels.triton.legal import TMA, Tile, cdiv, flat, legal
+from fused_resnet.kernels.triton.legal import TMA, WS, Tile, cdiv, flat, legal
 from fused_resnet.kernels.triton.tiles import pick
 from fused_resnet.kernels.triton.window import advance, elementwise, in_image, locate
 from fused_resnet.problem import ACTIVATIONS, ConvOperands, ConvProblem
@@ -270,6 +270,10 @@ def bind(problem: ConvProblem, operands: ConvOperands, y: torch.Tensor, sums: to
          tile: Tile) -> tuple[Any, int, dict[str, Any]]:
     """The kernel, the number of programs and the arguments of the launch that writes `y`, or the parts of its sums."""
     operands = operands._replace(weight=packed_weight(operands))
+    if tile.kernel == WS:
+        # Gluon is experimental: what else there is does not depend on its being there.
+        from fused_resnet.kernels.triton import conv_bn_act_ws as ws
+        return ws.bind(problem, operands, y, tile)
     if tile.kernel in TMA:
         return tma.bind(problem, operands, y, sums, tile)
     arguments = operands._asdict() | {"y": y} | constants(problem, tile)
@@ -332,7 +336,7 @@ def forward(problem: ConvProblem, operands: ConvOperands, tile: Tile | None = No
         tile = pick(problem, arch)
     elif reason := legal(tile, problem, arch):
         raise ValueError(f"{tile} cannot run {problem.id} on sm_{arch}: {reason}")
-    if tile.kernel in TMA and not tma.aligned(operands):
+    if tile.kernel in (*TMA, WS) and not tma.aligned(operands):
         tile = pick(problem, arch)
     y = torch.empty(problem.output_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if y.numel():

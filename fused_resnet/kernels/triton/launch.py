@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -42,12 +42,13 @@ class _Address(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _descriptor(pointer: int, dtype: torch.dtype, shape: tuple, strides: tuple, block: tuple) -> TensorDescriptor:
-    return TensorDescriptor(_Address(pointer, dtype), list(shape), list(strides), list(block))
+def _descriptor(pointer: int, dtype: torch.dtype, shape: tuple, strides: tuple, block: tuple,
+                make: Callable[..., Any]) -> Any:
+    return make(_Address(pointer, dtype), list(shape), list(strides), list(block))
 
 
 def descriptor(tensor: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...],
-               block: tuple[int, ...]) -> TensorDescriptor:
+               block: tuple[int, ...], make: Callable[..., Any] = TensorDescriptor) -> Any:
     """A host tensor descriptor (TMA) over `tensor`'s memory, cached: PyTorch's allocator returns to its addresses.
 
     Args:
@@ -55,10 +56,11 @@ def descriptor(tensor: torch.Tensor, shape: tuple[int, ...], strides: tuple[int,
         shape: what loads and stores are clipped to; loads read zeros outside.
         strides: in elements; multiples of 16 bytes but for the last, which is 1.
         block: elements of one load or store, powers of two.
+        make: builds it for a GPU; a Gluon kernel's descriptors know their layout in shared memory, too.
     """
     if tensor.device.type == "cpu":  # the interpreter asks for the storage
         return TensorDescriptor(tensor, list(shape), list(strides), list(block))
-    return _descriptor(tensor.data_ptr(), tensor.dtype, shape, strides, block)
+    return _descriptor(tensor.data_ptr(), tensor.dtype, shape, strides, block, make)
 
 
 def launch(kernel: Any, programs: int, arguments: Mapping[str, Any], device: torch.device,
@@ -66,7 +68,7 @@ def launch(kernel: Any, programs: int, arguments: Mapping[str, Any], device: tor
     """Runs `programs` instances of `kernel` on the device that holds its tensors.
 
     Args:
-        kernel: a `@triton.jit` function.
+        kernel: a `@triton.jit` or `@gluon.jit` function.
         programs: size of the one-dimensional grid.
         arguments: value of every parameter of the kernel.
         device: where every tensor of `arguments` lives; a CPU needs the Triton interpreter.

@@ -11,6 +11,8 @@ from fused_resnet.problem import ELEMENT_BYTES, ConvProblem
 SHARED_LIMIT = {80: 166912, 86: 101376, 90: 232448}
 # Kernels that reach memory through tensor descriptors.
 TMA = ("gemm1x1", "box")
+# The same in Gluon, with warps that specialise.
+WS = "ws"
 # Coordinates of tensor descriptors have 32 bits, and the last block reaches beyond the tensor.
 LARGEST_COORDINATE = 2**31 - 1024
 
@@ -23,7 +25,8 @@ class Tile:
     channels the rows of the matrix product. SPLIT_K programs share the reduction of one tile.
 
     kernel: "gemm"; "grouped", the same with several groups in one product; "depthwise" (BLOCK_K unused);
-    "gemm1x1" and "box", which load through tensor descriptors (Hopper).
+    "gemm1x1" and "box", which load through tensor descriptors (Hopper); "ws", where num_warps warps multiply what
+    others have loaded, num_stages steps ahead (Hopper).
     """
 
     kernel: str
@@ -50,6 +53,9 @@ class Tile:
         if self.kernel == "depthwise":
             return 0
         element = ELEMENT_BYTES[problem.dtype]
+        if self.kernel == WS:
+            ring = self.num_stages * (self.BLOCK_M + self.BLOCK_N) * self.BLOCK_K
+            return element * (ring + self.outputs(problem) * self.BLOCK_M * self.BLOCK_N) + 1024
         step = (self.BLOCK_M + self.BLOCK_N) * element + 16 * bool(problem.prologue)
         pipeline = step * self.BLOCK_K * self.num_stages
         if self.kernel not in TMA:
@@ -59,6 +65,12 @@ class Tile:
         block = self.BLOCK_M * self.BLOCK_N * (element if self.SPLIT_K == 1 else 4)
         blocks = block * (1 + (problem.residual and self.steps(problem) == 1))
         return (pipeline + blocks if self.kernel == "gemm1x1" else max(pipeline, block * (1 + problem.residual))) + 1024
+
+    def outputs(self, problem: ConvProblem) -> int:
+        """Buffers of "ws" that a residual arrives in and the output leaves from: one filled, one used, one emptied."""
+        if self.BLOCK_M * self.BLOCK_N * ELEMENT_BYTES[problem.dtype] > 2**15:
+            return 1
+        return 3 if problem.residual else 2
 
     def steps(self, problem: ConvProblem) -> int:
         """Products of BLOCK_K elements that one tile sums up."""
@@ -120,7 +132,7 @@ def legal(tile: Tile, problem: ConvProblem, arch: int) -> str | None:
     """Why `tile` cannot compute `problem` on `arch`, or None."""
     if arch < 80:
         return f"sm_{arch} is older than sm_80"
-    if tile.kernel not in ("gemm", "grouped", "depthwise", *TMA):
+    if tile.kernel not in ("gemm", "grouped", "depthwise", *TMA, WS):
         return f"there is no kernel {tile.kernel!r}"
     if tile.kernel == "depthwise" and not problem.depthwise:
         return "the depthwise kernel needs one input channel a group"
@@ -144,6 +156,8 @@ def legal(tile: Tile, problem: ConvProblem, arch: int) -> str | None:
         return f"{shared} bytes of shared memory; sm_{arch} has {limit}"
     if tile.kernel == "grouped":
         return _legal_grouped(tile, problem)
+    if tile.kernel == WS:
+        return _legal_ws(tile, problem, arch)
     return _legal_tma(tile, problem, arch) if tile.kernel in TMA else None
 
 
@@ -155,6 +169,20 @@ def _legal_grouped(tile: Tile, problem: ConvProblem) -> str | None:
     if problem.groups % pack or tile.BLOCK_N != pack * kg:
         return f"BLOCK_N={tile.BLOCK_N} is not the {kg} channels of each of {pack} out of {problem.groups} groups"
     return None
+
+
+def _legal_ws(tile: Tile, problem: ConvProblem, arch: int) -> str | None:
+    rows, columns = (tile.BLOCK_N, tile.BLOCK_M) if tile.SWAP else (tile.BLOCK_M, tile.BLOCK_N)
+    if problem.groups > 1 or problem.prologue:
+        return "the kernel with warps that specialise has no groups and no prologue"
+    if problem.device == "cuda" and (rows % (16 * tile.num_warps) or tile.num_warps % 4):
+        return f"{tile.num_warps} warps do not share {rows} rows in wgmma's blocks of 64"
+    if max(rows, columns) > 256 or tile.BLOCK_K * ELEMENT_BYTES[problem.dtype] > 128 or not 2 <= tile.num_stages <= 8:
+        return f"{rows} x {columns}, BLOCK_K={tile.BLOCK_K}, {tile.num_stages} stages: up to 256, 128 bytes, 2 to 8"
+    sums = rows * columns // (32 * tile.num_warps)
+    if not tile.SWAP and sums > 64 and (problem.residual or columns > 128):
+        return f"{sums} sums of a thread spill registers beside a residual, or scales and shifts of {columns} channels"
+    return _legal_tma(tile, problem, arch)
 
 
 def _legal_tma(tile: Tile, problem: ConvProblem, arch: int) -> str | None:

@@ -10,7 +10,16 @@ import functools
 import itertools
 from dataclasses import asdict, replace
 
-from fused_resnet.kernels.triton.legal import Tile, arch_class, cdiv, dtype_class, flat, legal, power_of_two
+from fused_resnet.kernels.triton.legal import (
+    SHARED_LIMIT,
+    Tile,
+    arch_class,
+    cdiv,
+    dtype_class,
+    flat,
+    legal,
+    power_of_two,
+)
 from fused_resnet.problem import ConvProblem
 
 # Programs that fill the smallest chip of a class once: its multiprocessors.
@@ -141,6 +150,11 @@ _DESCRIPTOR_SHAPES = ((256, 64, True), (256, 128, True), (128, 64, True), (128, 
                       (128, 64, False), (128, 128, False), (256, 64, False), (128, 256, False), (256, 128, False))
 
 
+# Pixels, channels, SWAP, warps of the tiles of "ws" worth measuring; each takes as many stages as fit.
+_WS_SHAPES = ((128, 64, False, 4), (256, 64, True, 4), (128, 128, False, 8), (128, 128, True, 8), (256, 128, True, 8),
+              (256, 128, False, 8), (128, 256, True, 8), (64, 64, True, 4))
+
+
 def candidates(problem: ConvProblem, arch: int) -> list[Tile]:
     """The shipped tile first, then every other tile that is legal and not much larger than the problem.
 
@@ -150,7 +164,8 @@ def candidates(problem: ConvProblem, arch: int) -> list[Tile]:
     if problem.depthwise:
         grid = [replace(base, BLOCK_M=m, BLOCK_N=n) for m in (16, 32, 64) for n in (32, 64, 128)]
     else:
-        grid = [tile for tile in _descriptor_candidates(problem, arch) if legal(tile, problem, arch) is None]
+        grid = _descriptor_candidates(problem, arch) + _ws_candidates(problem)
+        grid = [tile for tile in grid if legal(tile, problem, arch) is None]
         depths = {min(base.BLOCK_K, size) for size in ((64,) if grid else (32, 64))}
         grid += _gather_candidates(problem, base, arch, depths)
     same = {tuple(asdict(replace(tile, label="")).values()): tile for tile in [*grid, base]}
@@ -176,8 +191,7 @@ def _gather_candidates(problem: ConvProblem, base: Tile, arch: int, depths: set[
 
 def _descriptor_candidates(problem: ConvProblem, arch: int) -> list[Tile]:
     p = problem
-    kg = p.K // p.groups
-    k = _line(p)
+    kg, k = p.K // p.groups, _line(p)
     kernel = "gemm1x1" if legal(Tile("gemm1x1", 64, 64, k), p, arch) is None else "box"
     grid = [Tile(kernel, m, n, k, 8 if m * n >= 128 * 128 and (m, n) != (256, 64) else 4, stages, SWAP=swap)
             for (m, n, swap), stages in itertools.product(_DESCRIPTOR_SHAPES, (3, 4)) if n < 2 * kg]
@@ -185,6 +199,16 @@ def _descriptor_candidates(problem: ConvProblem, arch: int) -> list[Tile]:
         grid += [Tile(kernel, m, kg & -kg, k, 4, stages) for m in (128, 256) for stages in (3, 4)]
     if bucket(p, arch) == "few":
         grid += [Tile(kernel, m, 64, k, 4, 4, SWAP=m > 64, SPLIT_K=parts) for m in (64, 128) for parts in (2, 4, 8, 16)]
+    return grid
+
+
+def _ws_candidates(problem: ConvProblem) -> list[Tile]:
+    grid = []
+    for m, n, swap, warps in _WS_SHAPES:
+        tile = Tile("ws", m, n, _line(problem), warps, SWAP=swap)
+        deep = [replace(tile, num_stages=stages) for stages in range(2, 9)]
+        if n < 2 * problem.K:
+            grid += [tile for tile in deep if tile.shared(problem) <= SHARED_LIMIT[90]][-1:]
     return grid
 
 
