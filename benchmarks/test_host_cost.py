@@ -14,7 +14,7 @@ from fused_resnet import backends, fusing
 from fused_resnet.bench.results import cpu_model
 
 DEPTH = 20
-BUDGET_US = 16.0
+BUDGET_US = 10.0
 REPEATS = 200
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fused_resnet import backends
+from fused_resnet.nn import training
 from fused_resnet.nn.guards import (
     ACTIVATIONS,
     GRAD,
@@ -22,6 +23,7 @@ from fused_resnet.nn.guards import (
     activation_blocked,
     ambient,
     blocked,
+    gradients,
     hooked,
     is_frozen,
     is_norm,
@@ -80,8 +82,8 @@ def launch(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None, activation:
     parameters = conv._parameters
     operands = ConvOperands(  # type: ignore[call-arg]
         x, parameters["weight"], parameters["bias"], *own[:4], residual, *before[:4], own[4], before[4], reuse)
-    situation = (conv.stride, conv.padding, conv.dilation, conv.groups, activation, name, own[5], before[5], autocast,
-                 kind == "cuda" and torch.backends.cudnn.allow_tf32)
+    situation = (conv.stride, conv.padding, conv.dilation, conv.groups, type(norm), prologue and type(prologue[0]),
+                 activation, name, own[5], before[5], autocast, kind == "cuda" and torch.backends.cudnn.allow_tf32)
     problem = None if memo is None else memo.recall(situation, operands)
     if problem is None:
         for n, steps in ((norm, own[5]), (prologue and prologue[0], before[5])):
@@ -190,6 +192,9 @@ def stock(x: Any, conv: nn.Module, norm: nn.Module | None, activation: nn.Module
     return out if activation is None else activation(out)
 
 
+_memos: weakref.WeakKeyDictionary[nn.Module, Memo] = weakref.WeakKeyDictionary()
+
+
 def run(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None = None, activation: nn.Module | None = None,
         residual: torch.Tensor | None = None,
         prologue: tuple[nn.Module, nn.Module | None] | None = None, pool: nn.Module | None = None) -> torch.Tensor:
@@ -218,6 +223,9 @@ def run(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None = None, activat
         return stock(x, conv, norm, activation, residual, prologue)
     reason = None
     if not state.inside:
+        out = training.single(x, conv, norm, activation, residual) if prologue is None else None
+        if out is not None:
+            return out
         tensors = (x,) if residual is None else (x, residual)
         reason = ambient(tensors, lambda: (p for m in (conv, norm, *(prologue or ())) if m is not None
                                            for p in m.parameters(recurse=False)))
@@ -233,7 +241,10 @@ def run(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None = None, activat
         name = "identity" if activation is None else ACTIVATIONS[type(activation)]
         pre = None if prologue is None else (prologue[0], "identity" if prologue[1] is None
                                              else ACTIVATIONS[type(prologue[1])])
-        out = launch(x, conv, norm, name, residual, pre, state.inside and state.finite, False, pool is not None)
+        memo = _memos.get(conv)
+        if memo is None:
+            memo = _memos[conv] = Memo()
+        out = launch(x, conv, norm, name, residual, pre, state.inside and state.finite, False, pool is not None, memo)
         if out is not None:
             state.finite = state.finite and (state.kernel or not out.is_cpu or backends.all_finite(out))
             return out if state.inside else settle(out)
@@ -292,7 +303,10 @@ def planned(forward: Forward | None = None, *, convert: bool = True) -> Any:
     def region(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling() or state.inside:
             return forward(self, x)
-        if self.training or ambient((x,), self.parameters) is not None or x.dim() != 4 or not x.numel():
+        if self.training or gradients((x,), self.parameters):
+            out = training.attempt(self, x)
+            return forward(self, x) if out is None else out
+        if ambient((x,), self.parameters) is not None or x.dim() != 4 or not x.numel():
             return forward(self, x)
         if x.is_cpu and not (x.is_floating_point() and backends.all_finite(x)):
             return forward(self, x)
