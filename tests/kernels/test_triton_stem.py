@@ -1,9 +1,12 @@
 """The Triton stem against stock modules in fp64, on poisoned memory between guard bands."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from fused_resnet.kernels.triton import stem as kernel
+from fused_resnet.kernels.triton.legal import Tile
 from fused_resnet.ops import stem as family
 from fused_resnet.ops.stem import StemProblem
 from fused_resnet.testing import inputs
@@ -81,6 +84,35 @@ def test_repeated_runs_give_the_same_bits(device):
     problem = RESNET._replace(device=device, dtype=DTYPES[-1])
     operands = inputs.make(problem)
     assert torch.equal(*(kernel.forward(problem, operands) for _ in range(2)))
+
+
+@pytest.mark.parametrize("tile", kernel.candidates(RESNET._replace(dtype="tf32"), 80), ids=str)
+def test_every_candidate_agrees(tile, device):
+    problem = RESNET._replace(device=device, K=40, N=1)
+    operands = inputs.make(problem)
+    agree(problem, operands, kernel.with_tile(dataclasses.asdict(tile))(problem, operands))
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90])
+@pytest.mark.parametrize("dtype", ["fp32", "tf32", "fp16", "bf16"])
+def test_candidates_are_legal_distinct_and_begin_with_the_shipped_tile(dtype, arch):
+    problem = RESNET._replace(device="cuda", dtype=dtype)
+    found = kernel.candidates(problem, arch)
+    assert found[0] == kernel.pick(problem, arch) and len(set(found)) == len(found)
+    assert not any(kernel.legal(tile, problem, arch) for tile in found)
+
+
+@pytest.mark.parametrize(("tile", "arch", "reason"), [
+    (Tile("gemm", 64, 64), 80, "no tile of the stem"), (Tile("stem", 24, 64), 80, "powers of two"),
+    (Tile("stem", 32, 64, 0, 8), 90, "64 rows"), (Tile("stem", 64, 64, 0, 4), 90, "registers"),
+    (Tile("stem", 64, 64, 0, 8, 3), 86, "bytes of shared memory"), (Tile("stem", 64, 64, 0, 8, 3), 90, None)])
+def test_reasons(tile, arch, reason, device):
+    problem = RESNET._replace(dtype="fp16", device=device)
+    found = kernel.legal(tile, problem, arch)
+    assert found is None if reason is None else reason in found
+    if reason and arch == 90:
+        with pytest.raises(ValueError, match=reason):
+            kernel.forward(problem, inputs.make(problem), tile)
 
 
 @pytest.mark.parametrize(("change", "reason"), [

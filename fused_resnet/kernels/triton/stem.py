@@ -10,6 +10,7 @@ computed once; the columns which they share are computed twice: 1.5 times the pr
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,15 +22,16 @@ import triton.language as tl
 from fused_resnet.kernels.packing import packed
 from fused_resnet.kernels.triton.epilogue import activate, fold
 from fused_resnet.kernels.triton.launch import arch_of, launch, multiprocessors
-from fused_resnet.kernels.triton.legal import Tile, arch_class, cdiv, dtype_class, power_of_two
+from fused_resnet.kernels.triton.legal import SHARED_LIMIT, Tile, arch_class, cdiv, dtype_class, power_of_two
 from fused_resnet.kernels.triton.window import in_image
-from fused_resnet.problem import ACTIVATIONS, ConvOperands, ConvProblem
+from fused_resnet.problem import ACTIVATIONS, ELEMENT_BYTES, ConvOperands, ConvProblem
 
 FOLDED = False
 DTYPES = ("fp32", "tf32", "fp16", "bf16")
 CHANNELS = 4  # of a packed pixel
 PACK_OPTIONS = {"num_warps": 4, "num_stages": 1}
 PACK_BLOCK = 256
+BLOCK_LIMIT = 1024  # columns that the last program may count beyond the last image
 # (class of architectures, class of dtypes) -> tile, all heuristic: compiled, not measured. BLOCK_K is the window's.
 # The addresses of a window of 256 elements take the registers: with 4 warps, 64 columns spilled.
 TILES = {
@@ -41,12 +43,19 @@ TILES = {
 }
 
 
+# Columns, channels and warps of the tiles that tuning may choose.
+SHAPES = ((16, 64, 4), (32, 64, 4), (32, 64, 8), (64, 32, 4), (64, 32, 8), (64, 64, 8), (128, 32, 8))
+# (Hopper, bytes of an element) -> addresses and values that a thread holds without spilling, as compiled: 176 did not
+# spill for 16 bits and 224 did; for 32 bits the largest tile that was tried stands here.
+REGISTERS = {(True, 2): 176, (False, 2): 112, (True, 4): 112, (False, 4): 88}
+
+
 @triton.jit(do_not_specialize=["PIXELS", "H", "W", "stride_n", "stride_c", "stride_h", "stride_w"])
 def pack_pixels(x, y, stride_n, stride_c, stride_h, stride_w, PIXELS, H, W, C: tl.constexpr, CHANNELS: tl.constexpr,
                 BLOCK: tl.constexpr):
     """x in any strides -> y [N, H, W, CHANNELS], zeros behind the C channels."""
     pixel = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[:, None]
-    c = tl.arange(0, CHANNELS)[None, :]
+    c = tl.arange(0, CHANNELS).to(tl.int64)[None, :]
     row = pixel // W
     at = row // H * stride_n + row % H * stride_h + pixel % W * stride_w + c * stride_c
     tl.store(y + pixel * CHANNELS + c, tl.load(x + at, mask=(pixel < PIXELS) & (c < C), other=0.0), mask=pixel < PIXELS)
@@ -116,8 +125,8 @@ def refuse(problem: ConvProblem) -> str | None:
         return f"a window of {p.R}x{p.S} pixels of {p.C} channels is larger than 8x8 of {CHANNELS}"
     if p.groups > 1 or p.dilation != (1, 1):
         return "the stem has neither groups nor dilation"
-    if p.H * p.W * CHANNELS >= 2**31:
-        return f"an image of {p.H}x{p.W} pixels is too large for 32-bit offsets"
+    if max(p.H * p.W * CHANNELS, p.N * p.output_shape[3] + BLOCK_LIMIT) >= 2**31:
+        return f"{p.N} images of {p.H}x{p.W} pixels are too large for 32-bit offsets within one, or in their columns"
     return None
 
 
@@ -136,9 +145,44 @@ def pick(problem: ConvProblem, arch: int) -> Tile:
     return TILES[arch_class(arch), dtype_class(problem.dtype)]
 
 
+def shared(tile: Tile, problem: ConvProblem, arch: int) -> int:
+    """Bytes of shared memory: windows that are loaded ahead, the weights, and the output, which changes its layout."""
+    rows, pixels = window(problem)
+    # wgmma still reads the window before; without it that is in registers.
+    ahead = tile.num_stages - (not _wgmma(problem, arch))
+    loads = (tile.BLOCK_M * ahead + tile.BLOCK_N) * rows * pixels * CHANNELS
+    return (loads + tile.BLOCK_M * tile.BLOCK_N) * ELEMENT_BYTES[problem.dtype]
+
+
+def _wgmma(problem: ConvProblem, arch: int) -> bool:
+    return arch_class(arch) == 90 and problem.dtype != "fp32"
+
+
+def legal(tile: Tile, problem: ConvProblem, arch: int) -> str | None:
+    """Why `tile` cannot compute `problem` on `arch`, or None."""
+    sizes = (tile.BLOCK_M, tile.BLOCK_N, tile.num_warps)
+    if tile.kernel != "stem" or tile.SWAP or tile.SPLIT_K != 1:
+        return f"{tile} is no tile of the stem"
+    if any(size < 1 or size & (size - 1) for size in sizes) or min(sizes[:2]) < 16:
+        return f"{tile.BLOCK_M} x {tile.BLOCK_N} and {tile.num_warps} warps are no powers of two, blocks from 16 on"
+    rows, pixels = window(problem)
+    registers = tile.BLOCK_M * (rows * pixels * CHANNELS + 3 * tile.BLOCK_N) // (32 * tile.num_warps)
+    if registers > REGISTERS[arch_class(arch) == 90, ELEMENT_BYTES[problem.dtype]]:
+        return f"{registers} addresses of a window and values of a pool in the registers of one thread"
+    if _wgmma(problem, arch) and (tile.BLOCK_M < 64 or tile.num_warps % 4):
+        return f"wgmma needs 64 rows and 4 warps, not {tile.BLOCK_M} and {tile.num_warps}"
+    if (used := shared(tile, problem, arch)) > SHARED_LIMIT[arch_class(arch)]:
+        return f"{used} bytes of shared memory; sm_{arch} has {SHARED_LIMIT[arch_class(arch)]}"
+    return None
+
+
 def candidates(problem: ConvProblem, arch: int | None = None) -> list[Tile]:
     """The tiles worth measuring for `problem`, the shipped one first; `arch` is this machine's by default."""
-    return [pick(problem, arch or arch_of(torch.device(problem.device)))]
+    arch = arch or arch_of(torch.device(problem.device))
+    base = pick(problem, arch)
+    grid = [Tile("stem", m, n, 0, warps, stages) for (m, n, warps), stages in itertools.product(SHAPES, (2, 3))]
+    return [base, *(tile for tile in grid if tile != base and tile.BLOCK_N < 2 * problem.K
+                    and legal(tile, problem, arch) is None)]
 
 
 def with_tile(tile: dict[str, Any]) -> Callable[[ConvProblem, ConvOperands], torch.Tensor]:
@@ -205,11 +249,18 @@ def forward(problem: ConvProblem, operands: ConvOperands, tile: Tile | None = No
 
     Returns:
         The pooled map in x's dtype, channels_last, newly allocated.
+
+    Raises:
+        ValueError: the tile cannot run this problem on x's device.
     """
     x = operands.x
+    arch = arch_of(x.device)
+    if tile is None:
+        tile = pick(problem, arch)
+    elif reason := legal(tile, problem, arch):
+        raise ValueError(f"{tile} cannot run {problem.id} on sm_{arch}: {reason}")
     y = torch.empty(problem.output_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if y.numel():
-        tile = tile or pick(problem, arch_of(x.device))
         kernel, programs, arguments = bind_pack(problem, operands)
         launch(kernel, programs, arguments, x.device, PACK_OPTIONS)
         launch(*bind(problem, operands, arguments["y"], y, tile), x.device, tile.options)
