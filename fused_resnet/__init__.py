@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {"fuse": "fusing", "report": "fusing", "verify": "fusing", "unfuse": "fusing", "refresh": "fusing",
           "capture": "graphs",
-          "functional": "", "nn": "", "models": "", "backends": "", "numerics": "", "testing": ""}
+          "functional": "", "nn": "", "models": "", "backends": "", "tuner": "", "numerics": "", "testing": ""}
 __all__ = [*_HOMES, "__version__"]
 
 
