@@ -29,11 +29,11 @@ from fused_resnet.bench import results
 
 Report = Callable[[Sequence[dict[str, Any]]], list[str]]
 STAGES: dict[str, tuple[Callable[[int], list[Job]], Report]] = {
-    "check": (check.jobs, lambda rows: []), "tune": (tune.jobs, tune.report), "bench": (whole.jobs, whole.report)}
+    "check": (check.jobs, check.report), "tune": (tune.jobs, tune.report), "bench": (whole.jobs, whole.report)}
 
 
 def summarise(sheet: Sheet, left: Sequence[Job], report: Report) -> None:
-    """The stage's own report, a short table, then what fell short and what is missing."""
+    """A short table, what fell short, the stage's own report, which is kept beside the rows, and what is missing."""
     counts = Counter((row.get("model") or "", row.get("dtype") or "", row.get("provider") or "", row["status"])
                      for row in sheet.rows)
     for name, count in sorted(counts.items()):
@@ -42,8 +42,9 @@ def summarise(sheet: Sheet, left: Sequence[Job], report: Report) -> None:
              or (row.get("provider") == "fused" and (row.get("vs_stock") or 1) < 1)]
     for row in short[:40]:
         print("short:  ", describe(row)[:300])
-    for line in report(sheet.rows):
-        print(line)
+    lines = report(sheet.rows)
+    sheet.path.with_suffix(".txt").write_text("\n".join([*lines, ""]))
+    print(*lines, sep="\n")
     print(f"{len(sheet.rows)} rows in {sheet.path}; {len(short)} fell short; {len(left)} jobs are missing"
           + (f", the next: {dict(left[0].key)}" if left else ""))
 
@@ -65,10 +66,10 @@ def run_jobs(stage: str, jobs: Callable[[int], list[Job]], budget: float, out: P
         print(f"{len(sheet.rows)} rows are there, {len(todo)} jobs to do", flush=True)
         with ahead((pair for job in todo for pair in job.kernels), arch), Worker() as worker:
             left = work(todo, sheet, budget - (time.monotonic() - start), run=worker.run)
+            summarise(sheet, left, report)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    summarise(sheet, left, report)
     return 0
 
 

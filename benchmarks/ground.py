@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.layers import Rows, family, key, network, operands, rated
+from benchmarks.layers import Rows, family, key, network, operands, rated, searched
 from benchmarks.sheet import ROOT, Job
 from benchmarks.ways import kind_of, promising, proven
 from fused_resnet import timing, tuner
@@ -156,7 +156,7 @@ def measured(problem: ConvProblem, ways: Sequence[tuner.Candidate], budget: floa
 
 def cudnn_one(problem: ConvProblem) -> Rows:
     """cuDNN on one shape: as stock runs it, folded, and the convolution alone."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+    with searched():
         ways = [way for way in tuner.candidates(family(problem), problem) if way.backend != "triton"]
         for found in measured(problem, ways, BUDGET["cudnn"]):
             fused = "cudnn add_relu" if problem.residual else "cudnn relu"
@@ -170,7 +170,7 @@ def cudnn_one(problem: ConvProblem) -> Rows:
 def kinds_one(problem: ConvProblem, tiles: Sequence[Any], avoid: Sequence[dict[str, Any]] = ()) -> Rows:
     """Every kind of tile on one shape, beside stock and cuDNN."""
     wanted = [asdict(tile) for tile in tiles]
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False), torch.no_grad():
+    with searched(), torch.no_grad():
         given, ways = operands(problem), []
         every = [w for w in tuner.candidates(family(problem), problem) if w.tile is None or w.tile in wanted]
         for way in sorted(every, key=lambda w: wanted.index(w.tile) if w.tile else -1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 from collections.abc import Iterator
@@ -36,6 +37,17 @@ def kernel(backend: str, problem: ConvProblem | None = None) -> Any:
 def offered(backend: str, problem: ConvProblem) -> bool:
     """Whether `backend` has kernels of the problem's family at all."""
     return importlib.util.find_spec(f"fused_resnet.kernels.{backend}.{family(problem)}") is not None
+
+
+@contextlib.contextmanager
+def searched() -> Iterator[None]:
+    """Inside, cuDNN measures its algorithms at each new shape: stock and cuDNN at their best."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def key(problem: ConvProblem, model: str, provider: str | None = None, **more: Any) -> dict[str, Any]:

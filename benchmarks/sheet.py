@@ -195,6 +195,8 @@ def describe(row: Mapping[str, Any]) -> str:
     """One line: status, what, how fast or why not."""
     name = " ".join(str(row[k]) for k in ("model", "problem", "batch", "dtype", "provider") if row.get(k) is not None)
     name += " + graph" if row.get("graph") and row["level"] == "model" else ""
-    figures = [f"{row['ms_p50']:.4g} ms" if row.get("ms_p50") else "",
+    tile = row.get("tile")
+    figures = ["-".join(map(str, tile.values())) if isinstance(tile, dict) else "",
+               f"{row['ms_p50']:.4g} ms" if row.get("ms_p50") else "",
                f"{row['vs_stock']:.3g}x" if row.get("vs_stock") else "", str(row.get("detail") or "")]
     return " ".join([f"{row['status']:8}", name, *filter(None, figures)])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import ground
-from benchmarks.layers import Rows, family, key, network, operands, rated
+from benchmarks.layers import Rows, family, key, network, operands, rated, searched
 from benchmarks.sheet import Job
 from benchmarks.ways import PROVIDERS, promising, proven
 from fused_resnet import backends, tuner
@@ -35,8 +35,7 @@ SETS = (("resnet50", 256, "bf16", 6.0), ("resnet18", 256, "bf16", 6.0), ("resnet
 def tune_one(problem: ConvProblem, tiles: Sequence[Any], seconds: float, avoid: Sequence[dict[str, Any]] = ()) -> Rows:
     """Stock, cuDNN and `tiles` in the same rounds, with the share of the roofline; the fastest gets "winner"."""
     end, order = time.monotonic() + seconds, [asdict(tile) for tile in tiles]
-    best = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=problem.dtype == "tf32")
-    with torch.no_grad(), precision(problem.dtype), best:
+    with torch.no_grad(), precision(problem.dtype), searched():
         given, ways = operands(problem), []
         known = [way for way in tuner.candidates(family(problem), problem) if way.tile is None or way.tile in order]
         for way in sorted(known, key=lambda w: order.index(w.tile) if w.tile else -1):
@@ -96,9 +95,9 @@ def best_of(rows: Sequence[dict[str, Any]], problem: ConvProblem, provider: str 
 
 
 def report(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Lines: the ground, then a table for each set whose layers are all measured or partly so, "<" below the target."""
+    """Lines: the ground, then a table for each set that was begun, the most valuable last; "<" is below the target."""
     lines = ground.report(rows)
-    for name, batch, dtype, _ in SETS:
+    for name, batch, dtype, _ in reversed(SETS):
         every = layers(name, batch, dtype)
         found = [(p, count, best_of(rows, p)) for p, count in every]
         if not any(best for _, _, best in found):

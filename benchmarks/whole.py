@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from benchmarks import targets
-from benchmarks.layers import Rows
+from benchmarks.layers import Rows, family, searched
 from benchmarks.models import photographs, stock_model
 from benchmarks.sheet import Job
-from fused_resnet import numerics
+from benchmarks.tune import layers
+from fused_resnet import backends, numerics
 from fused_resnet.bench import launches, pictures, providers, results, session
 
 # (model, batch, dtype, seconds for all providers), most valuable first: those with a target, then the rest.
@@ -39,11 +40,8 @@ def profiled(job: session.Job, name: str) -> dict[str, int]:
 
 def bench_one(job: session.Job, seconds: float) -> Rows:
     """Every provider of the command line on one model, batch and dtype."""
-    # Stock at its best; the stage tune had it on, too.
-    best = torch.backends.cudnn.flags(enabled=True, benchmark=job.device == "cuda",
-                                      allow_tf32=torch.backends.cudnn.allow_tf32)
     try:
-        with best:
+        with searched():  # as in the stage tune
             run = session.Session({job.model: stock_model(job.model)}, photographs(max(16, job.batch)),
                                   providers.select(None, job.device), seconds)
             groups = list(run.run([job]))
@@ -65,13 +63,25 @@ def bench_one(job: session.Job, seconds: float) -> Rows:
         yield found
 
 
+def kernels(model: str, batch: int, dtype: str) -> tuple[tuple[Any, Any], ...]:
+    """(problem, tile) of what a fused model launches in Triton: the tuned tile, else the shipped one."""
+    from fused_resnet.kernels.triton.legal import Tile
+
+    found = []
+    for problem, _ in layers(model, batch, dtype):
+        tile = (backends.cache().get(backends.tuned_key(family(problem), problem)) or {}).get("tile")
+        found.append((problem, Tile(**tile) if tile else None))
+    return tuple(found)
+
+
 def jobs(arch: int) -> list[Job]:
     """Models, batches and dtypes in the order of the plan."""
     found = []
     for rank, (model, batch, dtype, seconds) in enumerate(PLAN):
         group = session.Job(model, batch, dtype, "cuda")
         found.append(Job({"level": "model", "problem": None, **asdict(group)},
-                         functools.partial(bench_one, group, seconds - 10), 50 - rank, seconds, patience=2 * seconds))
+                         functools.partial(bench_one, group, seconds - 10), 50 - rank, seconds,
+                         kernels(model, batch, dtype), 2 * seconds))
     return found
 
 

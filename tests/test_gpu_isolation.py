@@ -1,12 +1,14 @@
 """A job that dies, hangs or breaks its device costs its process, and the stage goes on."""
 
 import functools
+import json
 import os
 import time
 
 import pytest
 
 import fake_jobs
+from benchmarks import gpu
 from benchmarks.isolate import ATTEMPTS, Worker
 from benchmarks.sheet import Job, Sheet, work
 
@@ -67,6 +69,20 @@ def test_a_job_that_the_budget_ends_leaves_no_row_and_is_done_next_time(worker, 
     long = job(fake_jobs.hang, 300, seconds=1)
     left = work([long], out, 18, run=worker.run, say=lambda _: None)
     assert out.rows == [] and left == [long]
+
+
+def test_a_whole_run_goes_on_after_faults_and_ends_with_its_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu.results, "describe_environment", lambda: {"gpu": "none"})
+    jobs = [job(fake_jobs.hang, 300, value=3, patience=5), job(fake_jobs.die, value=2, resumable=True),
+            job(fake_jobs.fail, value=1), job(fake_jobs.rows, {"status": "ok"}, value=0)]
+    assert gpu.run_jobs("tune", lambda arch: jobs, 120, tmp_path, lambda rows: [f"{len(rows)} rows"]) == 0
+    found = json.loads((tmp_path / "tune.json").read_text())["rows"]
+    assert [(row["problem"], row["status"]) for row in found] == [
+        ("hang", "failed"), ("die", "failed"), ("die", "ok"), ("die", "ok"), ("fail", "failed"), ("rows", "ok")]
+    assert (tmp_path / "tune.txt").read_text() == "6 rows\n"
+    assert "3 fell short; 0 jobs are missing" in capsys.readouterr().out
 
 
 def test_a_process_that_always_dies_is_given_up():
