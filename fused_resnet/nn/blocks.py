@@ -8,6 +8,7 @@ Constructor arguments, attribute names and state-dict keys are those of torchvis
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,8 @@ from torch import nn
 from fused_resnet.nn.executor import hooked, planned, run, state
 
 Norm = Callable[..., nn.Module]
+# Convolutions with their norms and activations, and the module of the shortcut (None: the input itself)
+Branch = tuple[list[tuple[nn.Module, nn.Module, nn.Module | None]], nn.Module | None]
 
 
 def conv3x3(in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
@@ -41,7 +44,16 @@ def project(x: torch.Tensor, shortcut: nn.Module | None) -> torch.Tensor:
     return run(x, conv, norm)
 
 
-class BasicBlock(nn.Module):
+class _Block(nn.Module):
+    """What blocks share in training, where they are one residual branch (`nn.training`)."""
+
+    # Save little for backward and make the rest again; None does so on a GPU.
+    recompute: bool | None = None
+    # torch.distributed group that the norms take the statistics of the batch over; None for this process alone.
+    process_group: Any = None
+
+
+class BasicBlock(_Block):
     """Two 3x3 convolutions: torchvision.models.resnet.BasicBlock.
 
     Source: He et al. 2015, arXiv:1512.03385, figure 5 left.
@@ -77,6 +89,9 @@ class BasicBlock(nn.Module):
         self.downsample = downsample
         self.stride = stride
 
+    def branch(self) -> Branch:
+        return [(self.conv1, self.bn1, self.relu), (self.conv2, self.bn2, self.relu)], self.downsample
+
     @planned
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, inplanes, H, W] -> [N, planes, P, Q], with the strides that the stock modules give."""
@@ -85,7 +100,7 @@ class BasicBlock(nn.Module):
         return run(out, self.conv2, self.bn2, self.relu, residual=identity)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(_Block):
     """1x1 reduce, 3x3, 1x1 expand: torchvision.models.resnet.Bottleneck (v1.5: the 3x3 carries the stride).
 
     Source: He et al. 2015, arXiv:1512.03385, figure 5 right; groups as in Xie et al. 2017,
@@ -119,6 +134,10 @@ class Bottleneck(nn.Module):
         self.downsample = downsample
         self.stride = stride
 
+    def branch(self) -> Branch:
+        return [(self.conv1, self.bn1, self.relu), (self.conv2, self.bn2, self.relu),
+                (self.conv3, self.bn3, self.relu)], self.downsample
+
     @planned
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, inplanes, H, W] -> [N, 4 * planes, P, Q], with the strides that the stock modules give."""
@@ -128,7 +147,7 @@ class Bottleneck(nn.Module):
         return run(out, self.conv3, self.bn3, self.relu, residual=identity)
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(_Block):
     """The two-convolution block of most tutorials, with its own shortcut.
 
     Loads the state dict of blocks that own a `shortcut` and of those that are given a `downsample`.
@@ -155,6 +174,10 @@ class ResidualBlock(nn.Module):
         if downsample is None and (stride != 1 or in_channels != out_channels):
             self.shortcut = nn.Sequential(conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
 
+    def branch(self) -> Branch:
+        return [(self.conv1, self.bn1, self.relu), (self.conv2, self.bn2, self.relu)], (
+            self.shortcut if self.downsample is None else self.downsample)
+
     @planned
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, P, Q], with the strides that the stock modules give."""
@@ -163,7 +186,7 @@ class ResidualBlock(nn.Module):
         return run(out, self.conv2, self.bn2, self.relu, residual=identity)
 
 
-class PreActBlock(nn.Module):
+class PreActBlock(_Block):
     """Norm and ReLU in front of each convolution, nothing after the add.
 
     Source: He et al. 2016, arXiv:1603.05027, figure 4e, with the shortcut of kuangliu/pytorch-cifar:

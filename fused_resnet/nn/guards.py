@@ -64,12 +64,18 @@ def hooked(module: nn.Module) -> bool:
                 or module._backward_pre_hooks or "forward" in module.__dict__)
 
 
-def ambient(tensors: Iterable[Any], parameters: Callable[[], Iterable[torch.Tensor]]) -> str | None:
+def gradients(tensors: Iterable[Any], parameters: Callable[[], Iterable[torch.Tensor]]) -> bool:
+    """Whether a graph would be recorded; the parameters are asked for only when gradients are on."""
+    return torch.is_grad_enabled() and (any(getattr(t, "requires_grad", False) for t in tensors)
+                                        or any(p.requires_grad for p in parameters()))
+
+
+def ambient(tensors: Iterable[Any], parameters: Callable[[], Iterable[torch.Tensor]] | None) -> str | None:
     """Why the state of PyTorch around this call rules fusion out, or None.
 
     Args:
         tensors: the inputs.
-        parameters: gives the parameters that would be read; asked only when gradients are on.
+        parameters: gives the parameters that would be read, where gradients are a reason; None where they are not.
     """
     if state.stock:
         return "the stock forward was asked for"
@@ -78,8 +84,7 @@ def ambient(tensors: Iterable[Any], parameters: Callable[[], Iterable[torch.Tens
             return f"an input is a {type(t).__name__}, not a plain tensor"
         if t.layout is not torch.strided or t.is_meta:
             return "an input is sparse or has no data"
-    if torch.is_grad_enabled() and (any(t.requires_grad for t in tensors)
-                                    or any(p.requires_grad for p in parameters())):
+    if parameters is not None and gradients(tensors, parameters):
         return GRAD
     if (torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
             or forward_ad._current_level >= 0 or _watched_functions()):

@@ -29,12 +29,48 @@ class Unit(NamedTuple):
     activation: str
 
 
-def wanted(module: nn.Module, tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether this call trains: gradients are recorded, or a norm will look at the batch."""
-    if torch.is_grad_enabled() and (any(t.requires_grad for t in tensors)
-                                    or any(p.requires_grad for p in module.parameters())):
-        return True
-    return module.training
+def attempt(block: nn.Module, x: Any) -> torch.Tensor | None:
+    """The forward of one of our blocks where it trains, or None where it has to run module by module.
+
+    A block says what it is made of by `branch()`: its units as (convolution, norm, activation module) and the module
+    of its shortcut, None for the input itself. `recompute` and `process_group` are attributes of it.
+    """
+    branch = getattr(block, "branch", None)
+    if branch is None or guards.ambient((x,), None) is not None:
+        return None
+    made, shortcut = branch()
+    units = [_unit(*modules) for modules in made]
+    if any(unit is None for unit in units):
+        return None
+    projection = None
+    if shortcut is not None:
+        if type(shortcut) is not nn.Sequential or guards.hooked(shortcut) or len(shortcut) not in (0, 2):
+            return None  # called as it is; the convolutions around it are branches of their own
+        if len(shortcut):
+            projection = _unit(shortcut[0], shortcut[1], None)
+            if projection is None:
+                return None
+    return run(x, units, x, projection, block.recompute, block.process_group)  # type: ignore[arg-type]
+
+
+def single(x: Any, conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None,
+           residual: torch.Tensor | None, group: Any = None) -> torch.Tensor | None:
+    """activation(norm(conv(x)) + residual) where it trains, or None where the modules have to run."""
+    tensors = (x,) if residual is None else (x, residual)
+    unit = None if norm is None else _unit(conv, norm, activation)
+    if unit is None or guards.ambient(tensors, None) is not None:
+        return None
+    if not norm.training and not guards.gradients(tensors, lambda: (*conv.parameters(), *norm.parameters())):  # type: ignore
+        return None
+    return run(x, [unit], residual, group=group)
+
+
+def _unit(conv: nn.Module, norm: nn.Module, activation: nn.Module | None) -> Unit | None:
+    """The modules as a unit, or None where they cannot be one."""
+    if guards.activation_blocked(activation) is not None:
+        return None
+    unit = Unit(conv, norm, "identity" if activation is None else guards.ACTIVATIONS[type(activation)])
+    return unit if blocked(unit) is None else None
 
 
 def blocked(unit: Unit) -> str | None:
