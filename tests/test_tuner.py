@@ -218,6 +218,13 @@ def test_what_cannot_be_tuned_is_left_alone(fresh, monkeypatch):
     assert not tuned(fresh)
 
 
+def test_nothing_is_looked_up_or_measured_during_capture(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(backends, "choose", lambda *_: pytest.fail("chosen"))
+    problem = PROBLEM._replace(device="cuda")
+    tuner._first_use(FAMILY, problem, inputs.make(problem, device="cpu"), 1.0)
+
+
 def test_threads_measure_one_after_the_other_and_only_once(fresh, caplog):
     def work():
         with torch.no_grad(), tuner.tuning(0.05):
