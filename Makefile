@@ -41,10 +41,10 @@ lint: $(VENV)/.all  ## ruff, mypy, clang-format
 	@sources=$$(find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null); \
 	if [ -n "$$sources" ]; then echo "clang-format --dry-run csrc"; $(BIN)/clang-format --dry-run --Werror $$sources; fi
 
-gpu:  ## all that needs a GPU: STAGE=check|tune|bench BUDGET=seconds OUT=folder; no set-up, no network
+gpu:  ## all that needs a GPU: STAGE=check|tune|bench|ground BUDGET=seconds OUT=folder; no set-up, no network
 	@$(PYTHON_GPU) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' || \
 		{ echo "make gpu needs a Python with PyTorch: make gpu PYTHON_GPU=..." >&2; exit 2; }
-	PYTHONPATH=. $(PYTHON_GPU) -m benchmarks.gpu --stage $(STAGE) --budget $(BUDGET) --out $(OUT) $(ARGS)
+	PYTHONPATH=. $(PYTHON_GPU) -u -m benchmarks.gpu --stage $(STAGE) --budget $(BUDGET) --out $(OUT) $(ARGS)
 
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

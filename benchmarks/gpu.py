@@ -1,8 +1,9 @@
-"""All that needs a CUDA GPU: `python -m benchmarks.gpu --stage check|tune|bench --budget SECONDS --out FOLDER`.
+"""All that needs a CUDA GPU: `python -m benchmarks.gpu --stage check|tune|bench|ground --budget SECONDS --out FOLDER`.
 
 check  every case of the catalogue x dtype x backend against fp64, with NaN-poisoned outputs, guard bands and bitwise
        repeatability; every kind of tile; fused networks; the tests of tests/gpu; compute-sanitizer. No timings.
 tune   ground measurements, then stock, cuDNN and every tile on each layer; the fastest gets "winner".
+ground the first part of tune alone: what the machine can do, and who uses it best.
 bench  whole models through the providers of `fused-resnet bench`, beside the targets.
 
 One file a stage, OUT/<stage>.json. A run goes on where the last one stopped; see `benchmarks.sheet`. Jobs run in a
@@ -23,13 +24,15 @@ import torch
 
 from benchmarks import check, ground, tune, whole
 from benchmarks.isolate import Worker
-from benchmarks.sheet import Job, Sheet, describe, pending, rows_for, sources, work
+from benchmarks.sheet import ROOT, Job, Sheet, describe, pending, rows_for, sources, work
 from benchmarks.warm import ahead
 from fused_resnet.bench import results
 
+COMMITTED = ROOT / "benchmarks" / "results" / "h200"
 Report = Callable[[Sequence[dict[str, Any]]], list[str]]
 STAGES: dict[str, tuple[Callable[[int], list[Job]], Report]] = {
-    "check": (check.jobs, check.report), "tune": (tune.jobs, tune.report), "bench": (whole.jobs, whole.report)}
+    "check": (check.jobs, check.report), "tune": (tune.jobs, tune.report), "bench": (whole.jobs, whole.report),
+    "ground": (ground.jobs, ground.report)}
 
 
 def summarise(sheet: Sheet, left: Sequence[Job], report: Report) -> None:
@@ -58,9 +61,9 @@ def run_jobs(stage: str, jobs: Callable[[int], list[Job]], budget: float, out: P
     arch = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
     try:
         environment = {**results.describe_environment(), "sources": sources()}
-        sheet = Sheet.open(out / f"{stage}.json", environment, results.commit(), ground.COMMITTED / f"{stage}.json")
+        sheet = Sheet.open(out / f"{stage}.json", environment, results.commit(), COMMITTED / f"{stage}.json")
         if stage == "bench":
-            tuned = rows_for(out / "tune.json", environment) or rows_for(ground.COMMITTED / "tune.json", environment)
+            tuned = rows_for(out / "tune.json", environment) or rows_for(COMMITTED / "tune.json", environment)
             print(f"{tune.learn(tuned)} tuned problems in use")
         todo = pending(jobs(arch), sheet)
         print(f"{len(sheet.rows)} rows are there, {len(todo)} jobs to do", flush=True)
@@ -78,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description="checks, tunes and times on a CUDA GPU")
     parser.add_argument("--stage", choices=STAGES, required=True)
     parser.add_argument("--budget", type=float, default=540, help="seconds")
-    parser.add_argument("--out", type=Path, default=ground.COMMITTED)
+    parser.add_argument("--out", type=Path, default=COMMITTED)
     args = parser.parse_args(argv)
     jobs, report = STAGES[args.stage]
     return run_jobs(args.stage, jobs, args.budget, args.out, report)

@@ -12,24 +12,21 @@ its input in memory, as the floor assumes, where in a network the input of a sma
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.layers import Rows, family, key, network, operands, rated, searched
-from benchmarks.sheet import ROOT, Job
+from benchmarks.sheet import Job
 from benchmarks.ways import kind_of, promising, proven
 from fused_resnet import timing, tuner
 from fused_resnet.problem import ConvProblem
 from fused_resnet.testing.cases import conv
 
-COMMITTED = ROOT / "benchmarks" / "results" / "h200"
 BATCH = 256
 SECONDS = {"probe": 1.5, "cudnn": 1.8, "kinds": 6.0}  # expected, of one job
 BUDGET = {"cudnn": 0.8, "kinds": 5.0}  # given to the tuner
@@ -220,15 +217,11 @@ def report(rows: Sequence[dict[str, Any]]) -> list[str]:
                     for r in rows if r["status"] in ("wrong", "failed")]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measures what is not measured yet, and prints the report; 2 where there is no CUDA GPU."""
-    from benchmarks.gpu import run_jobs
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m benchmarks.gpu --stage ground` with the arguments that are given."""
+    from benchmarks import gpu
 
-    parser = argparse.ArgumentParser(prog="benchmarks.ground", description="what this GPU can do, and who uses it best")
-    parser.add_argument("--budget", type=float, default=180, help="seconds")
-    parser.add_argument("--out", type=Path, default=COMMITTED)
-    args = parser.parse_args(argv)
-    return run_jobs("ground", jobs, args.budget, args.out, report)
+    return gpu.main(["--stage", "ground", *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":
