@@ -16,7 +16,7 @@ class Row:
     """One convolution of the model."""
 
     name: str
-    pattern: str  # such as "conv+norm+add+act", "+maxpool" where the last call gave it to a kernel, too; "" when skipped
+    pattern: str  # such as "conv+norm+add+act"; "+maxpool" where the last call gave it to a kernel; "" when skipped
     status: str  # "fused" | "skipped"
     backend: str  # that ran it last; "" before the first call
     reason: str  # why it was skipped; "" when fused

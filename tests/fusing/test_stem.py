@@ -267,3 +267,24 @@ def test_our_networks_take_it_through_the_executor(memory_format, runs, monkeypa
         monkeypatch.setattr(executor.state, "stock", True)
         expected = net(x)
     torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_cudnn_pools_what_its_convolution_answers(monkeypatch):
+    """Without a GPU a stand-in takes the place of PyTorch's operator."""
+    from fused_resnet.kernels.cudnn import stem
+    from fused_resnet.ops.stem import StemProblem, reference_of
+    from fused_resnet.testing import inputs
+    from fused_resnet.testing.cases import conv
+
+    def stand_in(x, weight, bias, stride, padding, dilation, groups):
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        return torch.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", stand_in)
+    problem = StemProblem(*conv(3, 16, 20, 7, stride=2))
+    operands = inputs.make(problem)
+    operands = operands._replace(x=operands.x.contiguous())
+    y = stem.forward(problem, operands)
+    assert y.shape == problem.output_shape and y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, reference_of(problem, operands), rtol=1e-4, atol=1e-5)
+    assert "runs on CUDA" in stem.refuse(problem._replace(device="cpu"))
