@@ -2,10 +2,11 @@
 
 The implicit GEMM of `conv_bn_act`. While a tile of u is still in registers, as it was rounded to be stored, its mean
 and its sum of squared differences from that mean are taken channel by channel: differences from a tile's own mean keep
-their digits whatever the mean of the channel is, which sums of squares do not. Later launches join the tiles
-(Chan, Golub and LeVeque 1983) in an order that the sizes fix: no atomics, the same bits every time. With SWAP the
-channels are the rows of the accumulator, and sums over pixels are mostly sums within a thread. The norm in front is
-folded into one scale and one shift a channel by a launch of its own, not in every step of every program.
+digits that sums of squares lose where |mean| >> std. All of it counts from a pivot, a vector near the mean, where there
+is one: the tiles' means then keep their digits too. Later launches join the tiles (Chan, Golub and LeVeque 1983) in an
+order that the sizes fix: no atomics, the same bits every time. With SWAP the channels are the rows of the accumulator,
+and sums over pixels are mostly sums within a thread. The norm in front is folded into one scale and one shift a
+channel by a launch of its own, not in every step of every program.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fused_resnet.kernels.triton.conv_bn_act import SIZES, narrow_tile, packed_w
 from fused_resnet.kernels.triton.epilogue import fold
 from fused_resnet.kernels.triton.launch import arch_of, launch
 from fused_resnet.kernels.triton.legal import Tile, cdiv
+from fused_resnet.kernels.triton.norm import vector
 from fused_resnet.problem import ConvOperands, ConvProblem
 
 FOLDED = False
@@ -43,13 +45,14 @@ def moments(values, ok, count, AXIS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def conv_moments(x, weight, y, means, squares, bias, pre_gamma, pre_beta, pre_mean, pre_var, pre_eps, M, H, W, P, Q,
+def conv_moments(x, weight, y, means, squares, bias, pivot, pre_gamma, pre_beta, pre_mean, pre_var, pre_eps,
+                 M, H, W, P, Q,
                  C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr,
                  STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
                  DIL_H: tl.constexpr, DIL_W: tl.constexpr, PROLOGUE: tl.constexpr,
                  PRECISION: tl.constexpr, WIDE: tl.constexpr, FLAT: tl.constexpr, SWAP: tl.constexpr,
                  PACK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """y [N, P, Q, K] as in `conv_bn_act.conv_gemm`, and the moments of each tile: means, squares [tiles, K]."""
+    """y [N, P, Q, K] as in `conv_bn_act.conv_gemm`, and the moments of each tile: means - pivot, squares [tiles, K]."""
     KG: tl.constexpr = K // GROUPS
     TILES: tl.constexpr = (KG + BLOCK_N - 1) // BLOCK_N
     AXIS: tl.constexpr = 1 if SWAP else 0  # of the pixels
@@ -87,17 +90,18 @@ def conv_moments(x, weight, y, means, squares, bias, pre_gamma, pre_beta, pre_me
     else:
         tl.store(y + m * K + channel, u, mask=ok)
     count = tl.minimum(M - tile * BLOCK_M, BLOCK_M).to(tl.float32)
-    mean, square = moments(u.to(tl.float32), m < M, count, AXIS)
+    mean, square = moments(u.to(tl.float32) - vector(pivot, channel, k < KG, 0.0), m < M, count, AXIS)
     tl.store(means + tile * K + channel, mean, mask=k < KG)
     tl.store(squares + tile * K + channel, square, mask=k < KG)
 
 
 @triton.jit(do_not_specialize=["M", "SPAN", "TILES", "STEPS"])
-def join_moments(means, squares, mean, square, M, SPAN, TILES, STEPS, K: tl.constexpr, LAST: tl.constexpr,
+def join_moments(means, squares, mean, square, pivot, M, SPAN, TILES, STEPS, K: tl.constexpr, LAST: tl.constexpr,
                  BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
     """Joins the moments of TILES tiles, STEPS * BLOCK_T a program: mean, square [programs, K].
 
-    Each tile stands for SPAN elements of the M, the last one for what is left. LAST divides the squares by M.
+    Each tile stands for SPAN elements of the M, the last one for what is left. LAST divides the squares by M and adds
+    the pivot to the mean.
     """
     BLOCKS: tl.constexpr = (K + BLOCK_C - 1) // BLOCK_C
     strip = tl.program_id(0) // BLOCKS
@@ -121,6 +125,7 @@ def join_moments(means, squares, mean, square, M, SPAN, TILES, STEPS, K: tl.cons
         average += apart * part
         n += count
     if LAST:
+        average += vector(pivot, k, k < K, 0.0)
         spread = spread / M
     tl.store(mean + strip * K + k, average, mask=k < K)
     tl.store(square + strip * K + k, spread, mask=k < K)
@@ -176,7 +181,7 @@ def bind(problem: ConvProblem, operands: ConvOperands, u: torch.Tensor, means: t
          tile: Tile) -> tuple[Any, int, dict[str, Any]]:
     """The kernel, the number of programs and the arguments of the launch that writes `u` and the tiles' moments."""
     arguments = operands._replace(weight=packed_weight(operands))._asdict() | conv_bn_act.constants(problem, tile) | {
-        "y": u, "means": means, "squares": squares}
+        "y": u, "means": means, "squares": squares, "pivot": operands.mean}
     groups = arguments["GROUPS"]
     programs = cdiv(arguments["M"], tile.BLOCK_M) * groups * cdiv(problem.K // groups, tile.BLOCK_N)
     return conv_moments, programs, {name: arguments[name] for name in conv_moments.arg_names}
@@ -190,14 +195,14 @@ def bind_fold(problem: ConvProblem, operands: ConvOperands, folded: torch.Tensor
         "var": o.pre_var, "eps": o.pre_eps, "C": problem.C, "BLOCK_C": 128}
 
 
-def bind_join(problem: ConvProblem, tiles: tuple[torch.Tensor, torch.Tensor], span: int, steps: int,
-              joined: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, int, dict[str, Any]]:
+def bind_join(problem: ConvProblem, operands: ConvOperands, tiles: tuple[torch.Tensor, torch.Tensor], span: int,
+              steps: int, joined: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, int, dict[str, Any]]:
     """The launch that joins moments [tiles, K], each of `span` elements, to fewer."""
     programs = cdiv(tiles[0].shape[0], JOIN["BLOCK_T"] * steps)
     return join_moments, programs * cdiv(problem.K, JOIN["BLOCK_C"]), {
         "means": tiles[0], "squares": tiles[1], "mean": joined[0], "square": joined[1],
-        "M": problem.N * problem.P * problem.Q, "SPAN": span, "TILES": tiles[0].shape[0], "STEPS": steps,
-        "K": problem.K, "LAST": programs == 1, **JOIN}
+        "pivot": operands.mean, "M": problem.N * problem.P * problem.Q, "SPAN": span, "TILES": tiles[0].shape[0],
+        "STEPS": steps, "K": problem.K, "LAST": programs == 1, **JOIN}
 
 
 def forward(problem: ConvProblem, operands: ConvOperands, tile: Tile | None = None) -> Statistics:
@@ -205,7 +210,7 @@ def forward(problem: ConvProblem, operands: ConvOperands, tile: Tile | None = No
 
     Args:
         problem: what is computed; `refuse(problem)` must be None.
-        operands: tensors as `ops.conv_bn_stats` lays them down: x dense in channels_last memory.
+        operands: tensors as `ops.conv_bn_stats` lays them down: x dense in channels_last memory, `mean` the pivot.
         tile: a tuned tile; by default the heuristic's.
 
     Returns:
@@ -238,6 +243,6 @@ def forward(problem: ConvProblem, operands: ConvOperands, tile: Tile | None = No
         steps = 1 if count > ONE_LAUNCH else cdiv(count, JOIN["BLOCK_T"])
         count, given = cdiv(count, JOIN["BLOCK_T"] * steps), parts
         parts = pair(count)
-        launch(*bind_join(p, given, span, steps, parts), x.device, SMALL_OPTIONS)
+        launch(*bind_join(p, operands, given, span, steps, parts), x.device, SMALL_OPTIONS)
         span, done = span * JOIN["BLOCK_T"] * steps, count == 1
     return u, parts[0][0], parts[1][0]
