@@ -11,7 +11,7 @@ import sys
 import torch
 
 from fused_resnet.kernels.triton import conv_bn_act, stem, tiles
-from fused_resnet.kernels.triton.legal import Tile, legal
+from fused_resnet.kernels.triton.legal import TMA, Tile, legal
 from fused_resnet.numerics import DTYPES
 from fused_resnet.ops.stem import StemProblem
 from fused_resnet.problem import ConvOperands, ConvProblem
@@ -22,7 +22,8 @@ ARCHS = (80, 90)
 # Problems that reach each row of the table: the plain one, and what costs registers beside it.
 REPRESENTATIVE = {
     "grouped": [conv(128, 128, 56, n=32, groups=32), conv(256, 256, 56, n=32, groups=32, stride=2),
-                conv(512, 512, 14, n=32, groups=32, residual=True), conv(64, 64, 14, groups=16, prologue="relu")],
+                conv(512, 512, 14, n=32, groups=32, residual=True), conv(64, 64, 14, groups=16, prologue="relu"),
+                conv(128, 128, 112, n=2048, groups=32)],
     "thin": [conv(48, 48, 56, n=32, groups=4), conv(80, 80, 56, n=32, groups=5, stride=2),
              conv(3, 16, 32, n=32), conv(16, 16, 32, n=32, residual=True), conv(64, 10, 8, 1, bias=True, norm=False)],
     "slim": [conv(1024, 1024, 14, n=32, groups=32), conv(256, 32, 28, 1, n=32, activation="hardswish"),
@@ -48,7 +49,8 @@ REPRESENTATIVE = {
             conv(256, 256, 14, n=1, stride=2), conv(2048, 512, 7, 1, n=1), conv(130, 70, 3, 1, n=1),
             conv(128, 128, 8, n=1, prologue="relu")],
     "depthwise": [conv(96, 96, 56, n=32, groups=96, activation="relu6"), conv(32, 64, 28, 5, n=8, groups=32, stride=2),
-                  conv(64, 64, 56, 7, n=32, groups=64, residual=True, prologue="relu")],
+                  conv(64, 64, 56, 7, n=32, groups=64, residual=True, prologue="relu"),
+                  conv(96, 96, 224, n=512, groups=96)],
 }
 
 
@@ -90,12 +92,39 @@ def descriptors() -> list[tuple[str, int, ConvProblem, Tile]]:
     return found
 
 
+HARD = {"residual": True, "bias": True, "activation": "hardswish"}
+# What costs most registers in each kind: tuning may choose any candidate, and one of each form is compiled.
+TUNED = [conv(256, 256, 28, n=64, **HARD), conv(256, 256, 28, n=64, prologue="relu", residual=True),
+         conv(256, 256, 28, 1, n=64, **HARD), conv(256, 256, 28, 1, n=64, prologue="silu", residual=True),
+         conv(1024, 1024, 14, n=64, groups=32, **HARD), conv(512, 512, 7, n=1, **HARD),
+         conv(512, 512, 7, 1, n=1, **HARD)]
+
+
+def candidates() -> list[tuple[str, int, ConvProblem, Tile]]:
+    """Of the candidates one of each form, with most stages: kernel, blocks, warps, SWAP, whether split or prologued."""
+    found = {}
+    for arch, dtype, problem in itertools.product(ARCHS, ("bf16", "tf32"), TUNED):
+        problem = problem._replace(device="cuda", dtype=dtype)
+        for tile in tiles.candidates(problem, arch)[1:]:
+            form = dataclasses.replace(tile, num_stages=0, SPLIT_K=min(tile.SPLIT_K, 2))
+            if tile.kernel in TMA or (tile.kernel == "gemm" and dtype == "bf16" and TUNED.index(
+                    problem._replace(device="cpu", dtype="fp32")) < 2):
+                found[arch, dtype, bool(problem.prologue), problem.R, form] = tile.kernel, arch, problem, tile
+    return list(found.values())
+
+
 def stems() -> list[tuple[int, ConvProblem, Tile]]:
-    """(architecture, problem, tile): every shipped tile of the family `stem`, and what costs registers beside it."""
+    """(architecture, problem, tile): every shipped tile of the family `stem`, what costs registers beside it, and
+
+    of the tiles that tuning may choose those with most stages.
+    """
     shapes = [conv(3, 64, 224, 7, n=64, stride=2), conv(3, 32, 64, 3, n=64, bias=True, activation="silu")]
     problems = [StemProblem(*shape)._replace(device="cuda", dtype=dtype) for shape in shapes
                 for dtype in ("bf16", "fp16", "tf32", "fp32")]
-    return [(arch, problem, stem.pick(problem, arch)) for arch in (80, 86, 90) for problem in problems]
+    found = [(arch, problem, stem.pick(problem, arch)) for arch in (80, 86, 90) for problem in problems]
+    found += [(arch, problem, tile) for arch, problem in itertools.product(ARCHS, problems[:4])
+              if problem.dtype != "fp16" for tile in stem.candidates(problem, arch) if tile.num_stages == 3]
+    return list(dict.fromkeys(found))
 
 
 def name(arch: int, problem: ConvProblem, tile: Tile) -> str:
@@ -142,7 +171,7 @@ def report(arch: int, problem: ConvProblem, tile: Tile) -> dict:
 
 if __name__ == "__main__":
     share, of = map(int, sys.argv[1:])
-    for arch, problem, tile in ([case[1:] for case in cases()] + stems())[share::of]:
+    for arch, problem, tile in ([case[1:] for case in cases() + candidates()] + stems())[share::of]:
         try:
             row = report(arch, problem, tile)
         except Exception as error:

@@ -13,6 +13,8 @@ from fused_resnet.testing import aot
 from tests.gate import compile_tiles
 
 CASES = compile_tiles.cases()
+# Those that tuning may choose as well.
+CANDIDATES = [case for case in compile_tiles.candidates() if case not in CASES]
 STEMS = compile_tiles.stems()
 ROOT = Path(__file__).parents[2]
 WORKERS = 2
@@ -53,9 +55,9 @@ def test_a_kernel_made_for_the_interpreter_is_not_compiled():
         aot.build(lambda: None, {}, 90, {})
 
 
-@pytest.mark.parametrize(("arch", "problem", "tile"), [case[1:] for case in CASES],
-                         ids=[f"{bucket}-{compile_tiles.name(*case)}" for bucket, *case in CASES])
-def test_shipped_tile(arch, problem, tile, reports):
+@pytest.mark.parametrize(("arch", "problem", "tile"), [case[1:] for case in CASES + CANDIDATES],
+                         ids=[f"{bucket}-{compile_tiles.name(*case)}" for bucket, *case in CASES + CANDIDATES])
+def test_tile(arch, problem, tile, reports):
     report = reports[compile_tiles.name(arch, problem, tile)]
     assert "error" not in report, report["error"]
     count = report["count"]
@@ -68,12 +70,20 @@ def test_shipped_tile(arch, problem, tile, reports):
         if legal.legal(tile, problem, other) is None:
             assert report["shared_bytes"] <= legal.SHARED_LIMIT[legal.arch_class(other)]
     assert bool(count["UTMALDG"]) == (tile.kernel in legal.TMA), "loads through tensor descriptors"
-    # A box is reshaped on its way to the product and goes through registers, as does what a prologue changes.
+    # A box of pixels that is the first operand is reshaped in registers, where a prologue changes pixels, too.
     if count["HGMMA"]:
-        through = tile.kernel == "box" or bool(problem.prologue)
+        through = (tile.kernel == "box" and not tile.SWAP) or bool(problem.prologue)
         assert bool(report["from_registers"]) == through, "where wgmma reads its first operand"
     if tile.kernel != "depthwise":
         assert report["shared_bytes"] <= tile.shared(problem), "`legal` judges by an estimate that is too low"
+
+
+def test_the_candidates_cover_every_form():
+    forms = {(tile.kernel, tile.SWAP, tile.SPLIT_K > 1, problem.dtype) for *_, problem, tile in CANDIDATES}
+    assert {(kernel, swap, split, dtype) for kernel in legal.TMA for swap, split in ((False, False), (True, False),
+            (True, True)) for dtype in ("bf16", "tf32")} <= forms
+    assert any(problem.groups > 1 for *_, problem, tile in CANDIDATES if tile.kernel == "box")
+    assert {tile.kernel for *_, problem, tile in CANDIDATES if problem.prologue} >= set(legal.TMA)
 
 
 def test_the_stems_cover_every_shipped_tile():
@@ -81,7 +91,7 @@ def test_the_stems_cover_every_shipped_tile():
 
 
 @pytest.mark.parametrize(("arch", "problem", "tile"), STEMS, ids=[compile_tiles.name(*case) for case in STEMS])
-def test_shipped_stem(arch, problem, tile, reports):
+def test_stem(arch, problem, tile, reports):
     report = reports[compile_tiles.name(arch, problem, tile)]
     assert "error" not in report, report["error"]
     count = report["count"]
@@ -90,4 +100,5 @@ def test_shipped_stem(arch, problem, tile, reports):
     assert count["LDL"] + count["STL"] + report["spill_bytes"] + report["stack_bytes"] == 0, "registers spilled"
     assert count["LDGSTS"], "the image is not loaded ahead"
     assert not report["serialized"], "ptxas serialised the wgmma pipeline"
+    assert report["shared_bytes"] <= stem.shared(tile, problem, arch), "`legal` judges by an estimate that is too low"
     assert report["shared_bytes"] <= legal.SHARED_LIMIT[legal.arch_class(arch)]

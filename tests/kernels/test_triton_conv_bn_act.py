@@ -1,5 +1,7 @@
 """The Triton kernels against stock modules in fp64, on poisoned memory between guard bands."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -55,6 +57,13 @@ def test_offsets_are_long_when_a_tensor_is_too_large_for_32_bits(size):
     assert family.constants(problem, tiles.pick(problem, 90))["WIDE"]
     small = problem._replace(N=1, K=64, H=56)
     assert not family.constants(small, tiles.pick(small, 90))["WIDE"]
+
+
+def test_offsets_are_long_when_the_parts_of_a_split_reduction_are_too_large_for_32_bits():
+    problem = conv(64, 64, 56, n=1 << 10)
+    tile = tiles.Tile("gemm", 64, 64, 16, SPLIT_K=16)
+    assert family.constants(problem, tile)["WIDE"]
+    assert not family.constants(problem, dataclasses.replace(tile, SPLIT_K=1))["WIDE"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -47,6 +47,7 @@ def test_windows_keep_four_warps_on_hopper():
     ({"kernel": "grouped", "SPLIT_K": 2}, {"groups": 8}, 90, "steps of the kernel grouped"),
     (TMA, {}, 90, None), (TMA, {}, 80, "not on sm_80"), ({**TMA, "SWAP": True}, {}, 90, None),
     (TMA, {"groups": 2}, 90, "BLOCK_N=64 does not divide the 32"), ({**TMA, "BLOCK_N": 32}, {"groups": 2}, 90, None),
+    ({**TMA, "BLOCK_M": 256}, {"dtype": "bf16", "prologue": "relu"}, 90, "beside a prologue"),
     (TMA, {"groups": 4}, 90, "does not divide 16 channels"), (TMA, {"prologue": "relu"}, 90, None),
     ({**TMA, "SWAP": True}, {"prologue": "relu"}, 90, "prologue"), (TMA, {"N": 1 << 25}, 90, "has 32 bits"),
     ({**TMA, "kernel": "gemm1x1"}, {"R": 1, "S": 1, "groups": 2}, 90, "one group"),

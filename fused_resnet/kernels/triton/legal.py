@@ -193,6 +193,8 @@ def _legal_tma(tile: Tile, problem: ConvProblem, arch: int) -> str | None:
         return "fp32 without tensor cores spills registers here"
     if p.residual and tile.SPLIT_K == 1 and not tile.SWAP and tile.BLOCK_M * tile.BLOCK_N > 128 * 128:
         return f"{tile.BLOCK_M} x {tile.BLOCK_N} sums and a residual's block spill registers"
+    if p.prologue and tile.BLOCK_M * tile.BLOCK_N > 64 * 32 * tile.num_warps:
+        return "more than 64 sums of a thread beside a prologue's pixels spill registers"
     cg, kg = p.C // p.groups, p.K // p.groups
     if any((channels * ELEMENT_BYTES[p.dtype]) % 16 for channels in (p.C, p.K)):
         return f"{p.C} -> {p.K} channels of {p.dtype} are not multiples of 16 bytes"

@@ -45,7 +45,7 @@ TILES = {
 
 # Columns, channels and warps of the tiles that tuning may choose.
 SHAPES = ((16, 64, 4), (32, 64, 4), (32, 64, 8), (64, 32, 4), (64, 32, 8), (64, 64, 8), (128, 32, 8))
-# (Hopper, bytes of an element) -> addresses and values that a thread holds without spilling, as compiled: 176 did not
+# (wgmma, bytes of an element) -> addresses and values that a thread holds without spilling, as compiled: 176 did not
 # spill for 16 bits and 224 did; for 32 bits the largest tile that was tried stands here.
 REGISTERS = {(True, 2): 176, (False, 2): 112, (True, 4): 112, (False, 4): 88}
 
@@ -165,9 +165,11 @@ def legal(tile: Tile, problem: ConvProblem, arch: int) -> str | None:
         return f"{tile} is no tile of the stem"
     if any(size < 1 or size & (size - 1) for size in sizes) or min(sizes[:2]) < 16:
         return f"{tile.BLOCK_M} x {tile.BLOCK_N} and {tile.num_warps} warps are no powers of two, blocks from 16 on"
+    if problem.dtype == "fp32" and max(tile.BLOCK_M, tile.BLOCK_N) > 32:
+        return "more than 32 x 32 sums in fp32, without tensor cores, spill registers"
     rows, pixels = window(problem)
     registers = tile.BLOCK_M * (rows * pixels * CHANNELS + 3 * tile.BLOCK_N) // (32 * tile.num_warps)
-    if registers > REGISTERS[arch_class(arch) == 90, ELEMENT_BYTES[problem.dtype]]:
+    if registers > REGISTERS[_wgmma(problem, arch), ELEMENT_BYTES[problem.dtype]]:
         return f"{registers} addresses of a window and values of a pool in the registers of one thread"
     if _wgmma(problem, arch) and (tile.BLOCK_M < 64 or tile.num_warps % 4):
         return f"wgmma needs 64 rows and 4 warps, not {tile.BLOCK_M} and {tile.num_warps}"

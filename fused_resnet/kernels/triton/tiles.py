@@ -198,7 +198,10 @@ def _descriptor_candidates(problem: ConvProblem, arch: int) -> list[Tile]:
     if p.groups > 1 and kg < 64:
         grid += [Tile(kernel, m, kg & -kg, k, 4, stages) for m in (128, 256) for stages in (3, 4)]
     if bucket(p, arch) == "few":
-        grid += [Tile(kernel, m, 64, k, 4, 4, SWAP=m > 64, SPLIT_K=parts) for m in (64, 128) for parts in (2, 4, 8, 16)]
+        # Swapped: ptxas serialised some of the split boxes that go through registers. A prologue leaves no choice.
+        swap = not p.prologue
+        grid += [Tile(kernel, m, 64, k, 4, 4, SWAP=swap, SPLIT_K=parts) for m in (64, 128) for parts in (2, 4, 8, 16)
+                 if swap or kernel == "gemm1x1"]
     return grid
 
 
