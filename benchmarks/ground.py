@@ -168,7 +168,7 @@ def kinds_one(problem: ConvProblem, tiles: Sequence[Any], avoid: Sequence[dict[s
     """Every kind of tile on one shape, beside stock and cuDNN."""
     wanted = [asdict(tile) for tile in tiles]
     with searched(), torch.no_grad():
-        given, ways = operands(problem), []
+        given, ways = operands(problem), list[tuner.Candidate]()
         every = [w for w in tuner.candidates(family(problem), problem) if w.tile is None or w.tile in wanted]
         for way in sorted(every, key=lambda w: wanted.index(w.tile) if w.tile else -1):
             if (yield from proven(way, problem, given, avoid)):

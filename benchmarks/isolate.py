@@ -40,7 +40,8 @@ class Worker:
         Raises:
             OutOfTime: the job was cut off after `limit` seconds, which says nothing about it.
         """
-        end, avoid = self.now() + limit, []
+        end = self.now() + limit
+        avoid: list[dict[str, Any]] = []
         for _ in range(ATTEMPTS):
             try:
                 started, fault = yield from self._attempt(job, avoid, end)
@@ -55,7 +56,7 @@ class Worker:
                 return
             avoid.append({name: value for name, value in started.items() if name != "status"})
 
-    def _attempt(self, job: Job, avoid: list, end: float) -> Any:
+    def _attempt(self, job: Job, avoid: list[dict[str, Any]], end: float) -> Any:
         """Yields rows; returns what was under way and what went wrong, both None at the job's end."""
         started = None
         try:

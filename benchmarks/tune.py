@@ -36,7 +36,7 @@ def tune_one(problem: ConvProblem, tiles: Sequence[Any], seconds: float, avoid: 
     """Stock, cuDNN and `tiles` in the same rounds, with the share of the roofline; the fastest gets "winner"."""
     end, order = time.monotonic() + seconds, [asdict(tile) for tile in tiles]
     with torch.no_grad(), precision(problem.dtype), searched():
-        given, ways = operands(problem), []
+        given, ways = operands(problem), list[tuner.Candidate]()
         known = [way for way in tuner.candidates(family(problem), problem) if way.tile is None or way.tile in order]
         for way in sorted(known, key=lambda w: order.index(w.tile) if w.tile else -1):
             late = time.monotonic() > end - (1 - PROVING) * seconds and any(w.tile for w in ways)
