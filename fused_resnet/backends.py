@@ -228,6 +228,14 @@ def kernels(family: str, problem: ConvProblem) -> dict[str, Any]:
             and _inability(family, name, problem) is None}
 
 
+def tiles(kernel: Any, problem: Any) -> list[Any]:
+    """The tiles worth measuring, the shipped one first; none where the kernel has no tiles, or none that fits."""
+    try:
+        return kernel.candidates(problem) if hasattr(kernel, "candidates") else []
+    except ValueError:  # no tile can run `problem` on this GPU
+        return []
+
+
 def reference(family: str) -> Callable[[Any, Any], Any]:
     """Stock PyTorch's answer to problems of the family."""
     return _references[family]
@@ -287,7 +295,7 @@ def _fault(family: str, problem: ConvProblem, row: Any) -> str | None:
     name, tile = row["backend"], row.get("tile")
     if tile is None or _inability(family, name, problem) is not None:
         return None  # nothing to look at, or nothing that could run
-    known = () if name == "reference" else getattr(_kernel(family, name), "candidates", lambda _: ())(problem)
+    known = () if name == "reference" else tiles(_kernel(family, name), problem)
     return None if any(same_tile(tile, asdict(t)) for t in known) else f"{name} has no such tile for it: {tile!r:.200}"
 
 
@@ -389,4 +397,4 @@ def _self_check(family: str, choice: Choice, problem: Any, operands: Any, result
 
 __all__ = ["NAMES", "Choice", "adopt", "all_finite", "available", "cache", "choose", "device_name", "enabled",
            "explain", "forced", "forget", "interpreting", "kernels", "last", "reference", "register", "reset", "run",
-           "setting", "tuned_key", "use", "visited", "widen"]
+           "setting", "tiles", "tuned_key", "use", "visited", "widen"]

@@ -68,9 +68,11 @@ def candidates(family: str, problem: ConvProblem) -> list[Candidate]:
         kernel = kernels.get(name)
         if kernel is None:
             continue
-        tiles = [asdict(tile) for tile in kernel.candidates(problem)] if hasattr(kernel, "candidates") else [None]
-        found += [Candidate(name, tile, kernel.forward if tile is None else kernel.with_tile(tile), kernel.FOLDED)
-                  for tile in tiles]
+        if hasattr(kernel, "candidates"):
+            found += [Candidate(name, asdict(tile), kernel.with_tile(asdict(tile)), kernel.FOLDED)
+                      for tile in backends.tiles(kernel, problem)]
+        else:
+            found.append(Candidate(name, None, kernel.forward, kernel.FOLDED))
     return found
 
 

@@ -100,6 +100,18 @@ def test_every_backend_that_does_not_refuse_is_a_candidate():
     assert [way.backend for way in tuner.candidates(FAMILY, PROBLEM._replace(dtype="fp64"))] == ["reference"]
 
 
+def test_a_kernel_without_a_tile_that_fits_is_no_candidate(tiles, monkeypatch):
+    def none_fits(problem):
+        raise ValueError("no tile fits")
+
+    tiles("good")
+    monkeypatch.setattr(onednn, "candidates", none_fits)
+    backends.adopt(FAMILY, PROBLEM, {"backend": "cpu", "tile": {"kind": "good"}})
+    assert [way.backend for way in tuner.candidates(FAMILY, PROBLEM)] == ["reference"]
+    with pytest.warns(UserWarning, match="ignores the tuned row"):
+        assert backends.choose(FAMILY, PROBLEM).label == "heuristic"
+
+
 def test_rows_of_a_measurement():
     shares, operands = [], inputs.make(PROBLEM)
     rows = tuner.measure(FAMILY, PROBLEM, operands, budget=0.2, on_progress=shares.append)
