@@ -12,7 +12,6 @@ from fused_resnet.testing import inputs
 from fused_resnet.testing.cases import conv
 from tests.kernels import gluon_model
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WS, WINDOW = conv_bn_act_ws, window
 # Tiles with one step and with many, one tile a program and many, boxes over the border, strides, a lone row of pixels.
 PROBLEMS = [conv(4, 8, (5, 6), n=2, residual=True, bias=True), conv(2, 12, (4, 7), 1, n=3, residual=True),
