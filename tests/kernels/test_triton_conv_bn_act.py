@@ -33,7 +33,8 @@ def test_agrees_with_stock(problem, dtype, device):
 def test_every_shipped_tile_agrees(tile, device):
     for problem in (conv(24, 40, 5, n=1, residual=True), conv(6, 20, 5, n=1)):
         problem = problem._replace(device=device)
-        agree(problem, operands := inputs.make(problem), family.forward(problem, operands, tile))
+        if tiles.legal(tile, problem, 90) is None:
+            agree(problem, operands := inputs.make(problem), family.forward(problem, operands, tile))
 
 
 @pytest.mark.parametrize("problem", [conv(16, 32, 6, residual=True), conv(6, 8, 6, groups=2, dilation=2),

@@ -68,6 +68,8 @@ def test_windows_keep_four_warps_on_hopper():
     ({**WS, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8}, {**HALF, "residual": True}, 90, None),
     ({**WS, "BLOCK_M": 128, "BLOCK_N": 256, "num_warps": 8}, HALF, 90, "scales and shifts of 256"),
     ({**WS, "BLOCK_M": 128, "BLOCK_N": 256, "num_warps": 8, "SWAP": True}, {**HALF, "residual": True}, 90, None),
+    ({"BLOCK_M": 128, "BLOCK_N": 128}, {"device": "cuda", "residual": True, "dtype": "bf16"}, 90, "beside a residual"),
+    ({"BLOCK_M": 128, "BLOCK_N": 128}, {"device": "cuda", "dtype": "bf16"}, 90, None),
     ({"kernel": "grouped"}, {"groups": 2}, 90, "fit BLOCK_K=32 twice"),
     ({"kernel": "grouped"}, {"groups": 8}, 90, "BLOCK_N=64 is not"),
     ({"kernel": "grouped", "BLOCK_N": 32}, {"groups": 8}, 90, None)])
