@@ -29,12 +29,12 @@ class Notes:
 
 def fuse(model: nn.Module, *, inplace: bool = False, filter: Callable[[str, nn.Module], bool] | None = None,
          strict: bool = False, memory_format: torch.memory_format | None = None,
-         tune: bool | float = False) -> nn.Module:
+         tune: bool | float = False, recompute: bool | None = None) -> nn.Module:
     """Gives every module whose forward is understood a plan that runs convolution + norm + add + activation at once.
 
-    Modules, classes, parameters and state-dict keys stay; only how `forward` is carried out changes,
-    and only for inference (eval mode, no gradients). See `report` for what was fused and why the
-    rest was not.
+    Modules, classes, parameters and state-dict keys stay; only how `forward` is carried out changes: in
+    inference as fused launches, in training as residual branches with gradients. See `report` for what was
+    fused and why the rest was not.
 
     Args:
         model: any module; its convolutions may be anywhere inside.
@@ -47,6 +47,8 @@ def fuse(model: nn.Module, *, inplace: bool = False, filter: Callable[[str, nn.M
             without gradients, and keep the fastest for this user and device: `tuner.SECONDS` for each problem, or as
             many seconds as given. The first calls take that long; later processes find the rows. `fused-resnet tune`
             does the same ahead, with more time.
+        recompute: in training save little for backward (a bit for each element of a block's output, the inner
+            convolutions' outputs) and make the rest again; None does so on a GPU and not on a CPU.
 
     Returns:
         The fused model.
@@ -67,6 +69,7 @@ def fuse(model: nn.Module, *, inplace: bool = False, filter: Callable[[str, nn.M
     fused.__dict__[NOTES] = notes
     for plan in plans(fused).values():
         plan.arm()
+        plan.recompute = recompute
         plan.tune = tuner.SECONDS if tune is True else float(tune)
     if strict:
         from fused_resnet.fusing.report import report
@@ -116,7 +119,7 @@ def _attach(model: nn.Module, allowed: Callable[[str, nn.Module], bool] | None, 
     left_out = tuple(f"{name}." for name in opaque)
     opaque |= replaced
     for name, module in reversed(modules.items()):  # children before parents
-        if name in opaque or name.startswith(left_out) or type(module) in NEVER_CALLED or _plain(module):
+        if name in opaque or name.startswith(left_out) or type(module) in NEVER_CALLED or match.plain_leaf(module):
             continue
         prefix = f"{name}." if name else ""
         inside = {other[len(prefix):] for other in opaque if other.startswith(prefix)}
@@ -131,11 +134,6 @@ def _attach(model: nn.Module, allowed: Callable[[str, nn.Module], bool] | None, 
             plan.attach()
 
 
-def _plain(module: nn.Module) -> bool:
-    """A leaf of torch.nn: always a node of its own, nothing to capture."""
-    return type(module).__module__.startswith("torch.nn") and not any(True for _ in module.children())
-
-
 def _plan(module: nn.Module, twin: nn.Module, opaque: set[str], keep: bool, prefix: str) -> tuple[Plan | None, dict]:
     captured = capture(twin, opaque)
     graph = captured.graph
@@ -144,10 +142,10 @@ def _plan(module: nn.Module, twin: nn.Module, opaque: set[str], keep: bool, pref
         return twin.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     match.drop_identities(graph, lookup)
-    foreign = {name for name in opaque if not _plain(twin.get_submodule(name))
+    foreign = {name for name in opaque if not match.plain_leaf(twin.get_submodule(name))
                or "forward" in twin.get_submodule(name).__dict__}
     match.check_inplace(graph, lookup, foreign)
     found, reasons = match.find(graph, lookup)
     why = {str(conv.target): reason for conv, reason in reasons.items()}
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    return (build(module, captured, found, foreign, keep, prefix) if found and inputs else None), why
+    return (build(module, captured, found, foreign, opaque, keep, prefix) if found and inputs else None), why

@@ -20,7 +20,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 class Guards:
     """Compares the modules behind a plan with what they were."""
 
-    def __init__(self, root: nn.Module, inlined: list[nn.Module], called: list[nn.Module], names: set[str]):
+    def __init__(self, root: nn.Module, inlined: list[nn.Module], called: list[nn.Module], names: set[str],
+                 mode: bool | None = None):
         """Takes stock of everything.
 
         Args:
@@ -28,7 +29,9 @@ class Guards:
             inlined: the modules whose forwards are in the graph, with root.
             called: the modules that the graph calls, or called before a match took them.
             names: every name that the forwards mention.
+            mode: what the inlined modules' `training` has to be; None for False in all modules.
         """
+        self.modes = [(m, bool(mode)) for m in (inlined if mode is not None else (*inlined, *called))]
         self.watched = list({id(m): m for m in (*inlined, *called)}.values())
         self.forwards = [(m, type(m).forward, m.__dict__.get("forward")) for m in self.watched]
         self.children = [(m, dict(m._modules)) for m in inlined]
@@ -38,13 +41,18 @@ class Guards:
                       for name in values]
         self.hooks = [getattr(m, hooks) for m in self.watched if m is not root for hooks in HOOKS]
 
-    def changed(self) -> str | None:
-        """What is no longer as it was, or None."""
+    def changed(self, modes: bool = True) -> str | None:
+        """What is no longer as it was, or None.
+
+        Args:
+            modes: look at `training`, too.
+        """
         if any(self.hooks):
             return "a hook is registered inside"
+        for module, mode in self.modes if modes else ():
+            if module.training is not mode:
+                return executor.TRAINING if module.training else "a module inside is in eval mode, the forward is not"
         for module, forward, own in self.forwards:
-            if module.training:
-                return executor.TRAINING
             if type(module).forward is not forward or module.__dict__.get("forward") is not own:
                 return f"the forward of a {type(module).__name__} was replaced after fuse()"
         for module, then in self.children:

@@ -74,10 +74,10 @@ def activation_of(node: fx.Node, module: nn.Module | None) -> str | None:
     return FUNCTIONS.get(node.target) if node.op in ("call_function", "call_method") else None
 
 
-def drop_identities(graph: fx.Graph, lookup: Lookup) -> None:
-    """Takes out modules that hand their input on in eval mode; the guards go on watching them."""
+def drop_identities(graph: fx.Graph, lookup: Lookup, kinds: tuple = (nn.Identity, nn.Dropout, nn.Dropout2d)) -> None:
+    """Takes out modules that hand their input on, by default in eval mode; the guards go on watching them."""
     for node in list(graph.nodes):
-        if node.op == "call_module" and node.args and type(lookup(node)) in (nn.Identity, nn.Dropout, nn.Dropout2d):
+        if node.op == "call_module" and node.args and type(lookup(node)) in kinds:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
@@ -133,8 +133,19 @@ def _fresh(node: fx.Node, lookup: Lookup) -> bool:
     return node.op == "call_method" and node.target in ("add", "mul", "relu", "clone", "sigmoid", "mean", "sum")
 
 
-def find(graph: fx.Graph, lookup: Lookup) -> tuple[list[Match], dict[fx.Node, str]]:
-    """All matches in the order of their last nodes, and for each convolution left alone the reason."""
+def plain_leaf(module: nn.Module) -> bool:
+    """A leaf of torch.nn: always a node of its own, nothing to capture."""
+    return type(module).__module__.startswith("torch.nn") and not any(True for _ in module.children())
+
+
+def find(graph: fx.Graph, lookup: Lookup, training: bool = False) -> tuple[list[Match], dict[fx.Node, str]]:
+    """All matches in the order of their last nodes, and for each convolution left alone the reason.
+
+    Args:
+        graph: of a captured forward.
+        lookup: the module that a node calls, or None.
+        training: matches begin with their convolution and have no pool.
+    """
     order = {node: i for i, node in enumerate(graph.nodes)}
     taken: set[fx.Node] = set()
     matches, reasons = [], {}
@@ -148,8 +159,9 @@ def find(graph: fx.Graph, lookup: Lookup) -> tuple[list[Match], dict[fx.Node, st
             reasons[conv] = reason
             continue
         match = _grow(conv, lookup, order, taken)
-        _prepend(match, lookup, taken)
-        _append(match, lookup)
+        if not training:
+            _prepend(match, lookup, taken)
+            _append(match, lookup)
         if len(match.nodes) == 1:
             reasons[conv] = _lonely(conv, lookup)
             continue

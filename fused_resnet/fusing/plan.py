@@ -3,7 +3,8 @@
 A plan is the captured forward as a list of steps over numbered values. It holds the live
 submodules, so deep copies, pickles, moved and reloaded parameters need no care. Every call first
 asks the guards; when one fails, the class's own forward runs. The first call of each kind also runs
-the stock forward and compares values and strides: a plan that disagrees is dropped.
+the stock forward and compares values and strides: a plan that disagrees is dropped. Where gradients
+are recorded or norms look at the batch, a route (`fusing.route`) takes the steps' place.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ import torch
 from torch import nn
 
 from fused_resnet import backends, numerics, tuner
+from fused_resnet.fusing import trial
+from fused_resnet.fusing.capture import Refused
 from fused_resnet.fusing.guards import Guards
+from fused_resnet.fusing.route import Route
 from fused_resnet.fusing.steps import Launch, Slot, fill_slots
 from fused_resnet.nn import executor
 
@@ -35,9 +39,10 @@ class Plan:
     """Callable in the place of `module.forward`."""
 
     tune: float = 0.0  # seconds for each problem at its first use
+    recompute: bool | None = None  # save little for backward; see `nn.training.run`
 
     def __init__(self, module: nn.Module, arity: int, given: set[int], steps: list, size: int, output: Any, keep: bool,
-                 inlined: list[nn.Module], called: list[nn.Module], names: set[str]):
+                 inlined: list[nn.Module], called: list[nn.Module], names: set[str], left_out: set[str], prefix: str):
         self.module, self.arity, self.steps, self.size, self.output = module, arity, steps, size, output
         self.given = given  # inputs that only stems read: their launch takes any layout
         self.keep = keep  # leave results in channels_last
@@ -45,6 +50,8 @@ class Plan:
         self.launches = [s for s in steps if isinstance(s, Launch)]
         self.opaque = [s.target for s in steps if s.opaque]
         self.convs = [m for m in called if isinstance(m, nn.Conv2d)]
+        self.left_out, self.prefix = left_out, prefix  # submodules that stay calls; the module's name with a dot
+        self.routes: dict[bool, Route | str] = {}  # for each mode a route, or why there is none
         self.checked: set[tuple] = set()
         self.broken: str | None = None
         self.fallbacks: dict[str, int] = {}
@@ -74,6 +81,10 @@ class Plan:
         if torch.compiler.is_compiling() or executor.state.stock:
             return forward(self.module, *args, **kwargs)
         reason = self.refusal(args, kwargs)
+        if reason in (executor.GRAD, executor.TRAINING):
+            route, reason = self.route(args, kwargs)
+            if route is not None:
+                return trial.run(self, route, args)
         if reason is not None:
             self._note(reason)
             return forward(self.module, *args, **kwargs)
@@ -81,11 +92,29 @@ class Plan:
         with tuner.tuning(self.tune) if self.tune else UNTUNED:
             return self._run(args, key[0]) if key in self.checked else self._check(key, args)
 
+    def route(self, args: tuple, kwargs: dict) -> tuple[Route | None, str | None]:
+        """The steps of a call that trains, or why there are none. Captured at the first such call of a mode."""
+        mode = self.module.training
+        if mode not in self.routes:
+            try:
+                self.routes[mode] = Route(self.module, mode, self.left_out, self.prefix)
+            except Refused as refusal:
+                self.routes[mode] = f"in training: {refusal}"
+        route = self.routes[mode]
+        if isinstance(route, str):
+            return None, route
+        reason = self.guards.changed(modes=False) or route.refusal(args, kwargs) or self.mixed(args)
+        return (route, None) if reason is None else (None, reason)
+
+    def __getstate__(self) -> dict:
+        """Routes are captured anew: where the copy trains, and in the mode that it is in then."""
+        return {**self.__dict__, "routes": {}, "checked": set(self.checked)}
+
     def kind(self, args: tuple) -> tuple:
         """What kind of call this is, first of all whether stock computes in contiguous memory: each is checked once."""
         device = args[0].device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return self._converts(args), device, args[0].dtype, autocast
+        return self.converts(args), device, args[0].dtype, autocast
 
     def refusal(self, args: tuple, kwargs: dict) -> str | None:
         """Why the plan cannot answer this call, or None: the guards."""
@@ -105,9 +134,9 @@ class Plan:
                 return "the input is not finite floating point"
             if not x.numel() or not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
                 return "the input is empty or has gaps"
-        return self._mixed(args)
+        return self.mixed(args)
 
-    def _mixed(self, args: tuple) -> str | None:
+    def mixed(self, args: tuple) -> str | None:
         """Why it cannot be said which layout stock would compute in, or None."""
         images = {executor.suggests_channels_last(x) for x in args if x.dim() == 4}
         if len(images) > 1 or images == {False} and len(self._layouts()) > 1:
@@ -119,7 +148,7 @@ class Plan:
         weights = (conv._parameters.get("weight") for conv in self.convs)
         return {executor.suggests_channels_last(w) for w in weights if w is not None and w.numel() != w.shape[0]}
 
-    def _converts(self, args: tuple) -> bool:
+    def converts(self, args: tuple) -> bool:
         """Whether stock would compute in contiguous memory here, so that results must be put back into it."""
         return not any(executor.suggests_channels_last(x) for x in args) and True not in self._layouts()
 
@@ -160,13 +189,13 @@ class Plan:
         if self.keep:
             given = tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in args)
         chance = torch.get_rng_state()
-        with self._listening() as answers:
+        with self.listening() as answers:
             expected = type(self.module).forward(self.module, *given)
         after = torch.get_rng_state()
         torch.set_rng_state(chance)  # the plan draws the numbers that stock drew
         try:
             result = self._run(args, key[0], answers)
-            problem = _difference(result, expected, args)
+            problem = difference(result, expected, args)
         except torch.OutOfMemoryError:
             return expected  # not judged; tried again at the next call
         except (RuntimeError, TypeError, AttributeError, IndexError) as error:
@@ -182,16 +211,17 @@ class Plan:
         return expected
 
     @contextlib.contextmanager
-    def _listening(self) -> Iterator[dict[int, list]]:
+    def listening(self, opaque: list | None = None) -> Iterator[dict[int, list]]:
         """Planned forwards step aside; what opaque modules answer is kept, so that they are called only once."""
-        answers: dict[int, list] = {id(m): [] for m in self.opaque}
+        opaque = self.opaque if opaque is None else opaque
+        answers: dict[int, list] = {id(m): [] for m in opaque}
         me = threading.get_ident()
 
         def keep(module: nn.Module, _: Any, answer: Any) -> None:
             if threading.get_ident() == me:
                 answers[id(module)].append(answer)
 
-        handles = [m.register_forward_hook(keep) for m in {id(m): m for m in self.opaque}.values()]
+        handles = [m.register_forward_hook(keep) for m in {id(m): m for m in opaque}.values()]
         executor.state.stock = True
         try:
             yield answers
@@ -201,19 +231,7 @@ class Plan:
                 handle.remove()
 
     def _note(self, reason: str) -> None:
-        if reason not in self.fallbacks and reason in (executor.GRAD, executor.TRAINING):
-            _warn_once(reason)
         self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
-
-
-_warned: set[str] = set()
-
-
-def _warn_once(reason: str) -> None:
-    if reason not in _warned:
-        _warned.add(reason)
-        warnings.warn(f"fused_resnet: {reason}. Use model.eval() and torch.no_grad() or torch.inference_mode() for "
-                      f"fused inference.", stacklevel=5)
 
 
 def _finite(value: Any) -> bool:
@@ -229,7 +247,7 @@ def detach(module: nn.Module) -> nn.Module:
     return module
 
 
-def _difference(result: Any, expected: Any, inputs: tuple) -> str | None:
+def difference(result: Any, expected: Any, inputs: tuple) -> str | None:
     """What is wrong with `result`, or None."""
     mine, shape = torch.utils._pytree.tree_flatten(result)
     theirs, wanted = torch.utils._pytree.tree_flatten(expected)

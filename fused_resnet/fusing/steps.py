@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from fused_resnet import backends
 from fused_resnet.fusing.match import ADDS, FUNCTIONS
@@ -152,3 +152,59 @@ def fill_slots(spec: Any, fill: Callable[[Slot], Any]) -> Any:
     if type(spec) is slice:
         return slice(*(fill_slots(s, fill) for s in (spec.start, spec.stop, spec.step)))
     return spec
+
+
+class Slots:
+    """Numbers for the values of a graph.
+
+    An input has two: as the caller gave it, which whatever is not planned and the caller see, and in
+    channels_last.
+    """
+
+    def __init__(self, graph: fx.Graph):
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        self.given = {node: i for i, node in enumerate(inputs)}
+        values = [*inputs, *(n for n in graph.nodes if n.op not in ("placeholder", "output"))]
+        self.number = {node: len(inputs) + i for i, node in enumerate(values)}
+        self.size = len(inputs) + len(values)
+        self.loose: set[fx.Node] = set(inputs)
+
+    def free(self, node: fx.Node) -> Slot:
+        """For a reader that takes any layout."""
+        return Slot(self.number[node], node in self.loose)
+
+    def exact(self, node: fx.Node) -> Slot:
+        """For a reader that sees what stock would show it."""
+        return Slot(self.given[node]) if node in self.given else self.free(node)
+
+
+def call_step(module: nn.Module, node: fx.Node, slots: Slots, opaque: set[str]) -> Any:
+    """The step of a node that runs as it stands."""
+    if node.op == "get_attr":
+        owner, _, name = str(node.target).rpartition(".")
+        return Attribute(module.get_submodule(owner), name, slots.number[node])
+    target = module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+    call = Call(node.op, target, (), {}, slots.number[node], node.op == "call_module" and node.target in opaque)
+    reader = slots.free if call.layout_free else slots.exact
+    call.args, call.kwargs = tuple(fx.node.map_arg(node.args, reader)), dict(fx.node.map_arg(node.kwargs, reader))
+    return call
+
+
+def live(module: nn.Module, node: fx.Node | None) -> Any:
+    """The submodule that `node` calls, or None."""
+    return module.get_submodule(str(node.target)) if node is not None and node.op == "call_module" else None
+
+
+def free(steps: list, output: Any) -> None:
+    """Tells each step which values nobody reads after it."""
+    alive: set[int] = set()
+    fill_slots(output, lambda a: alive.add(a.at))
+    for step in reversed(steps):
+        used: set[int] = set()
+        if not isinstance(step, Call | Attribute):  # a launch or a branch
+            used = {step.x} | ({step.residual} if step.residual is not None else set())
+            used |= {c.out for c in step.stock} - {step.out}
+        elif isinstance(step, Call):
+            fill_slots((step.args, step.kwargs), lambda a: used.add(a.at))  # noqa: B023 - called at once
+        step.frees = tuple(used - alive - {step.out})
+        alive |= used

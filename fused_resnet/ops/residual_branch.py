@@ -14,6 +14,7 @@ M elements a channel, xhat = (u - mean) / std and dz = dy where z + shortcut > 0
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ class _Branch(torch.autograd.Function):
         ctx.spec, ctx.shared, ctx.adds = spec, shortcut is x, shortcut is not None
         if mask is None and spec.stages[-1].activation != "identity":
             mask = y
+        ctx.layout = torch.contiguous_format if y.is_contiguous() else torch.channels_last  # of the mask's bits
         reads = shortcut if spec.projection is not None and not ctx.shared else None
         # Running statistics that move are none of backward's business, and the next forward writes them.
         stages = (*spec.stages, *([spec.projection] if spec.projection is not None else []))
@@ -77,11 +79,19 @@ class _Branch(torch.autograd.Function):
         x, reads, mask, *tensors = ctx.saved_tensors
         given = (len(spec.stages) + (spec.projection is not None)) * len(Parts._fields)
         parts, kept = _split(tensors[:given], Parts), _split(tensors[given:], Kept)
+        del tensors
         needs = ctx.needs_input_grad[1:]
+        if mask is not None and mask.dtype is torch.uint8:
+            dy = dy.contiguous(memory_format=ctx.layout)
         if torch.is_grad_enabled():
             return None, *_twice(spec, dy, x, reads, mask, parts, needs, ctx.shared, ctx.adds)
+        ctx.maybe_clear_saved_tensors()  # unless the graph is retained: what backward is done with is freed at once
         way = residual_launches if spec.launches else residual_aten
         return None, *way.backward(spec, dy, x, reads, mask, parts, kept, needs, ctx.shared, ctx.adds)
+
+
+# Function.apply asks for the signature at every call; making it takes four times as long as binding to it.
+_Branch.forward.__signature__ = inspect.signature(_Branch.forward)  # type: ignore[attr-defined]
 
 
 def _twice(spec: Branch, dy: torch.Tensor, x: torch.Tensor, reads: torch.Tensor | None, mask: torch.Tensor | None,

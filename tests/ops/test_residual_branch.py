@@ -112,10 +112,14 @@ WAYS = list(itertools.product((False, True), (False, True)))
 def test_values_gradients_and_statistics_are_those_of_stock(name, layout, recompute, launches):
     (y, mine, parts), (expected, theirs, parts2) = pairs(name, recompute, launches, layout=layout)
     close(y, expected)
+    n, k, p, q = expected.shape
     g = torch.randn_like(expected)
-    for a, b in zip(torch.autograd.grad(y, mine, g, retain_graph=True), torch.autograd.grad(expected, theirs, g),
-                    strict=True):
-        close(a, b)
+    other = torch.channels_last if layout is torch.contiguous_format else torch.contiguous_format
+    for given in (g, torch.randn(n, 3 * k, p, q, dtype=g.dtype)[:, k:2 * k], torch.ones((), dtype=g.dtype).expand_as(g),
+                  g.contiguous(memory_format=other)):  # gradients come in any layout
+        for a, b in zip(torch.autograd.grad(y, mine, given, retain_graph=True),
+                        torch.autograd.grad(expected, theirs, given, retain_graph=True), strict=True):
+            close(a, b)
     for a, b in zip(parts, parts2, strict=True):
         close(a.running_mean, b.running_mean)
         close(a.running_var, b.running_var)
