@@ -7,6 +7,7 @@ keys: its checkpoints load with strict=True. `cifar_resnet` builds the small net
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +20,9 @@ Block = type[BasicBlock] | type[Bottleneck]
 
 class _Trunk(nn.Module):
     """What both families share: the stem, stages of blocks, initialisation."""
+
+    # As of the blocks: torch.distributed group that the stem's norm takes the statistics of the batch over.
+    process_group: Any = None
 
     def __init__(self, inplanes: int, stem: nn.Conv2d, groups: int = 1, width_per_group: int = 64,
                  norm_layer: Norm | None = None):
@@ -103,7 +107,7 @@ class ResNet(_Trunk):
     @planned(convert=False)
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] images -> [N, num_classes] logits."""
-        x = run(x, self.conv1, self.bn1, self.relu, pool=self.maxpool)
+        x = run(x, self.conv1, self.bn1, self.relu, pool=self.maxpool, group=self.process_group)
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)
@@ -141,7 +145,7 @@ class CifarResNet(_Trunk):
     @planned
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, in_channels, H, W] images -> [N, num_classes] logits."""
-        x = run(x, self.conv1, self.bn1, self.relu)
+        x = run(x, self.conv1, self.bn1, self.relu, group=self.process_group)
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)

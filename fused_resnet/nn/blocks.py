@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_resnet.nn.executor import hooked, planned, run, state
+from fused_resnet.nn.executor import hooked, is_norm, planned, run, state
+from fused_resnet.nn.training import refuse_alone
 
 Norm = Callable[..., nn.Module]
 # Convolutions with their norms and activations, and the module of the shortcut (None: the input itself)
@@ -30,18 +31,21 @@ def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, out_planes, 1, stride, bias=False)
 
 
-def project(x: torch.Tensor, shortcut: nn.Module | None) -> torch.Tensor:
+def project(x: torch.Tensor, shortcut: nn.Module | None, group: Any = None) -> torch.Tensor:
     """What a block adds to its output: x itself, or the shortcut's; a convolution with its norm is one launch."""
     if shortcut is None:
         return x
-    if not state.inside or type(shortcut) is not nn.Sequential or len(shortcut) < 2 or hooked(shortcut):
+    alone = not state.inside and group is None
+    if alone or type(shortcut) is not nn.Sequential or len(shortcut) < 2 or hooked(shortcut):
+        for norm in filter(is_norm, shortcut.modules()):
+            refuse_alone(group, norm)
         state.finite = False  # what a foreign module answers may hold NaN
         return shortcut(x)
     *head, conv, norm = shortcut
     for module in head:
         state.finite = False
         x = module(x)
-    return run(x, conv, norm)
+    return run(x, conv, norm, group=group)
 
 
 class _Block(nn.Module):
@@ -95,9 +99,9 @@ class BasicBlock(_Block):
     @planned
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, inplanes, H, W] -> [N, planes, P, Q], with the strides that the stock modules give."""
-        out = run(x, self.conv1, self.bn1, self.relu)
-        identity = project(x, self.downsample)
-        return run(out, self.conv2, self.bn2, self.relu, residual=identity)
+        out = run(x, self.conv1, self.bn1, self.relu, group=self.process_group)
+        identity = project(x, self.downsample, self.process_group)
+        return run(out, self.conv2, self.bn2, self.relu, residual=identity, group=self.process_group)
 
 
 class Bottleneck(_Block):
@@ -141,10 +145,10 @@ class Bottleneck(_Block):
     @planned
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, inplanes, H, W] -> [N, 4 * planes, P, Q], with the strides that the stock modules give."""
-        out = run(x, self.conv1, self.bn1, self.relu)
-        out = run(out, self.conv2, self.bn2, self.relu)
-        identity = project(x, self.downsample)
-        return run(out, self.conv3, self.bn3, self.relu, residual=identity)
+        out = run(x, self.conv1, self.bn1, self.relu, group=self.process_group)
+        out = run(out, self.conv2, self.bn2, self.relu, group=self.process_group)
+        identity = project(x, self.downsample, self.process_group)
+        return run(out, self.conv3, self.bn3, self.relu, residual=identity, group=self.process_group)
 
 
 class ResidualBlock(_Block):
@@ -181,9 +185,9 @@ class ResidualBlock(_Block):
     @planned
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, P, Q], with the strides that the stock modules give."""
-        out = run(x, self.conv1, self.bn1, self.relu)
-        identity = project(x, self.shortcut if self.downsample is None else self.downsample)
-        return run(out, self.conv2, self.bn2, self.relu, residual=identity)
+        out = run(x, self.conv1, self.bn1, self.relu, group=self.process_group)
+        identity = project(x, self.shortcut if self.downsample is None else self.downsample, self.process_group)
+        return run(out, self.conv2, self.bn2, self.relu, residual=identity, group=self.process_group)
 
 
 class PreActBlock(_Block):
@@ -214,11 +218,12 @@ class PreActBlock(_Block):
     @planned
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, P, Q], with the strides that the stock modules give."""
+        refuse_alone(self.process_group, self.bn1)
         if len(self.shortcut):
             out = self.relu(self.bn1(x))
             identity = self.shortcut(out)
-            out = run(out, self.conv1, self.bn2, self.relu)
+            out = run(out, self.conv1, self.bn2, self.relu, group=self.process_group)
         else:
             identity = x
-            out = run(x, self.conv1, self.bn2, self.relu, prologue=(self.bn1, self.relu))
+            out = run(x, self.conv1, self.bn2, self.relu, prologue=(self.bn1, self.relu), group=self.process_group)
         return run(out, self.conv2, residual=identity)

@@ -197,7 +197,8 @@ _memos: weakref.WeakKeyDictionary[nn.Module, Memo] = weakref.WeakKeyDictionary()
 
 def run(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None = None, activation: nn.Module | None = None,
         residual: torch.Tensor | None = None,
-        prologue: tuple[nn.Module, nn.Module | None] | None = None, pool: nn.Module | None = None) -> torch.Tensor:
+        prologue: tuple[nn.Module, nn.Module | None] | None = None, pool: nn.Module | None = None,
+        group: Any = None) -> torch.Tensor:
     """activation(norm(conv(x)) + residual) in one launch where every guard holds, else module by module.
 
     Args:
@@ -209,23 +210,27 @@ def run(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None = None, activat
         prologue: (norm, activation) modules applied to x first.
         pool: applied to the result, within the launch where a kernel of the family `stem` is chosen. Only without
             residual and prologue.
+        group: process group that the norm takes the statistics of a batch over.
 
     Returns:
         [N, K, P, Q], or what the pool makes of it: in channels_last memory inside of a planned region, else with
         stock's strides.
 
     Raises:
+        ValueError: the norm would have to take its statistics over `group` where only the modules can run.
         whatever the modules raise.
     """
     if pool is not None and (not state.inside or norm is None or pool_blocked(pool) is not None):
-        return pool(run(x, conv, norm, activation, residual, prologue))
+        return pool(run(x, conv, norm, activation, residual, prologue, group=group))
     if torch.compiler.is_compiling():  # the compiler fuses the stock modules its own way
+        training.refuse_alone(group, norm)
         return stock(x, conv, norm, activation, residual, prologue)
     reason = None
     if not state.inside:
-        out = training.single(x, conv, norm, activation, residual) if prologue is None else None
+        out = training.single(x, conv, norm, activation, residual, group) if prologue is None else None
         if out is not None:
             return out
+        training.refuse_alone(group, norm)
         tensors = (x,) if residual is None else (x, residual)
         reason = ambient(tensors, lambda: (p for m in (conv, norm, *(prologue or ())) if m is not None
                                            for p in m.parameters(recurse=False)))

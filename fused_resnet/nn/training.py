@@ -172,6 +172,19 @@ def _vectors_fit(norm: Any, size: int, dtype: torch.dtype, x: torch.Tensor) -> b
             and all(v.shape == (size,) and v.device == x.device and type(v) in guards.TENSORS for v in present))
 
 
+def refuse_alone(group: Any, norm: Any) -> None:
+    """Modules that run by themselves take statistics of this process alone, which nobody would notice.
+
+    Raises:
+        ValueError: `norm` would have to take them over `group`.
+    """
+    if group is None or norm is None or guards.is_frozen(norm) or not norm.training or (
+            torch.distributed.get_world_size(group) == 1):
+        return
+    raise ValueError(f"process_group: this {type(norm).__name__} cannot take its statistics over a process group here: "
+                     "its convolution, dtypes or hooks are none that a fused branch takes")
+
+
 def takes_batch(norm: Any) -> bool:
     """Whether the norm would normalise with the statistics of the batch."""
     if guards.is_frozen(norm):
