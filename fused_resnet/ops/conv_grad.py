@@ -48,8 +48,10 @@ def dgrad(problem: ConvProblem, o: GradOperands) -> tuple[torch.Tensor, torch.Te
                                                                                problem.W)), o.weight, True)
     if not problem.prologue:
         if o.residual is not None:
-            flags = True if o.mask is None else bits.unpack(o.mask, o.residual)
-            da = da + o.residual * flags
+            counts = o.residual
+            if o.mask is not None:
+                counts = torch.where(bits.unpack(o.mask, counts), counts, torch.zeros_like(counts))
+            da = da + counts
         return da.contiguous(memory_format=torch.channels_last), None
     xhat = normalised(o.x, o.pre_mean, o.pre_var, o.pre_eps)
     dz = da

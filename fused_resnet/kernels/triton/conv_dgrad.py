@@ -48,7 +48,7 @@ TILES = {
                    _dgrad(128, 64, 32, 8, 3)),
     (80, "half"): (_dgrad(128, 16, 32, 4, 3), _dgrad(128, 32, 32, 4, 3), _dgrad(128, 64, 32, 8, 3),
                    _dgrad(128, 128, 32, 8, 3)),
-    (80, "tf32"): (_dgrad(128, 16, 32, 4, 3), _dgrad(128, 32, 32, 4, 2), _dgrad(128, 64, 32, 8, 2),
+    (80, "tf32"): (_dgrad(128, 16, 32, 4, 2), _dgrad(128, 32, 32, 4, 2), _dgrad(128, 64, 32, 8, 2),
                    _dgrad(128, 64, 32, 8, 2)),
     (80, "fp32"): (_dgrad(64, 16, 16, 4, 2), _dgrad(64, 32, 16, 4, 2), _dgrad(64, 64, 16, 8, 2),
                    _dgrad(64, 64, 16, 8, 2)),
@@ -223,9 +223,10 @@ def candidates(problem: ConvProblem, arch: int | None = None) -> list[Tile]:
     """The tiles worth measuring for `problem`, the shipped one first; `arch` is this machine's by default."""
     arch = arch or arch_of(torch.device(problem.device))
     base, cg = pick(problem, arch), problem.C // problem.groups
+    wgmma = base.instruction(problem.dtype, arch) == "HGMMA"  # without it swapping gains nothing, and spilled
     grid = [replace(base, BLOCK_M=m, BLOCK_N=n, num_warps=8 if m * n > 128 * 64 else 4, num_stages=stages, SWAP=swap)
             for m in (64, 128, 256) for n in (16, 32, 64, 128, 256) if n < 2 * cg and 4096 <= m * n <= 128 * 256
-            for stages in (2, 3, 4) for swap in ((False, True) if n == 64 else (False,))]
+            for stages in (2, 3, 4) for swap in ((False, True) if n == 64 and wgmma else (False,))]
     grid += [replace(base, num_warps=12 - base.num_warps), *(replace(base, num_stages=stages) for stages in (2, 3, 4))]
     same = {tuple(asdict(tile).values()): tile for tile in grid if legal(tile, problem, arch) is None}
     return [base, *(tile for tile in same.values() if tile != base)]
