@@ -28,7 +28,9 @@ TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", t
          torch.int64: "i64", torch.uint8: "u8", torch.int8: "i8"}
 # HGMMA: warpgroup mma of Hopper. HMMA: the mma.sync of older chips, on Hopper a fall-back. LDL and STL: local
 # memory, that is spills. LDGSTS: cp.async. UTMALDG, UTMASTG: a load, a store by the tensor memory accelerator.
-INSTRUCTIONS = ("HGMMA", "QGMMA", "IGMMA", "HMMA", "LDGSTS", "UTMALDG", "UTMASTG", "LDL", "STL", "FFMA", "IMAD")
+# LDG and STG: loads and stores of global memory, and those of 16 bytes among them.
+INSTRUCTIONS = ("HGMMA", "QGMMA", "IGMMA", "HMMA", "LDGSTS", "UTMALDG", "UTMASTG", "LDL", "STL", "FFMA", "IMAD",
+                "LDG.", "LDG.E.128", "STG.", "STG.E.128")
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def inspect(compiled: Any, arch: int) -> Report:
         partitions=len(re.findall(r"^ *partition\d+\(", compiled.asm["ttgir"], re.MULTILINE)),
         reassigned="setmaxnreg" in compiled.asm["ptx"],
         from_registers=sum(text.count("{") > 1 for text in re.findall(r"wgmma\.mma_async[^;]*;", compiled.asm["ptx"])),
-        count={name: len(re.findall(rf"\b{name}", sass)) for name in INSTRUCTIONS})
+        count={name: len(re.findall(rf"\b{re.escape(name)}", sass)) for name in INSTRUCTIONS})
 
 
 def check(kernel: Any, arguments: Mapping[str, Any], arch: int, options: Mapping[str, int]) -> Report:

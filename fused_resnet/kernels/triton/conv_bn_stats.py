@@ -31,7 +31,7 @@ from fused_resnet.problem import ConvOperands, ConvProblem
 FOLDED = False
 Statistics = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 SMALL_OPTIONS = {"num_warps": 4, "num_stages": 1}
-JOIN = {"BLOCK_T": 256, "BLOCK_C": 16}
+JOIN = {"BLOCK_T": 128, "BLOCK_C": 16}
 # Up to here one launch joins all tiles, beyond it a first one joins them BLOCK_T at a time.
 ONE_LAUNCH = 2048
 
@@ -74,8 +74,8 @@ def conv_moments(x, weight, y, means, squares, bias, pivot, pre_gamma, pre_beta,
 
     channel = group * KG + k
     ok = (m < M) & (k < KG)
-    if bias is not None:
-        acc += tl.load(bias + channel, mask=k < KG, other=0.0).to(tl.float32)
+    # Also where there is no bias: ptxas serialised the wgmma pipeline of sums whose first use is a conversion to fp16.
+    acc += vector(bias, channel, k < KG, 0.0)
     # The statistics are those of what is stored, because backward reads that.
     u = acc.to(y.dtype.element_ty)
     if PACK == 1:

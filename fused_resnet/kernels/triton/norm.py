@@ -24,8 +24,14 @@ def vector(v, channel, ok, ELSE: tl.constexpr):
 
 @triton.jit
 def inverse_std(var, eps, channel, ok):
-    """1 / sqrt(var + eps), correctly rounded on a GPU too, where rsqrt would be approximated."""
-    return tl.div_rn(1.0, tl.sqrt_rn(vector(var, channel, ok, 1.0) + eps))
+    """1 / sqrt(var + eps), on a GPU too within 2 ulp.
+
+    A Newton step on the hardware's approximation: the correctly rounded root and quotient are subroutines, and saving
+    registers around their calls spilled some.
+    """
+    v = vector(var, channel, ok, 1.0) + eps
+    near = tl.rsqrt(v)
+    return near * (1.5 - 0.5 * v * near * near)
 
 
 @triton.jit

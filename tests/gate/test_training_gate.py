@@ -1,0 +1,65 @@
+"""The kernels of bn_act* and conv_bn_stats, compiled for sm_80 and sm_90: no spills, 16-byte loads, tensor cores."""
+
+import pytest
+
+from fused_resnet.kernels.triton import legal
+from tests.gate import compile_training
+from tests.gate.workers import compile_all
+
+CASES = compile_training.cases()
+NORMS = [case for case in CASES if case[0] in ("forward", "sums", "grad")]
+CONVS = [case for case in CASES if case[0] == "conv"]
+REST = [case for case in CASES if case not in NORMS + CONVS]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    return compile_all(compile_training, tmp_path_factory)
+
+
+def cases(which):
+    return pytest.mark.parametrize(("kernel", "arch", "problem", "tile"), which,
+                                   ids=[compile_training.name(*case) for case in which])
+
+
+def clean(reports, *case):
+    """The report of a launch that compiled and keeps everything in registers."""
+    report = reports[compile_training.name(*case)]
+    assert "error" not in report, report["error"]
+    count = report["count"]
+    assert count["LDL"] + count["STL"] + report["spill_bytes"] + report["stack_bytes"] == 0, "registers spilled"
+    assert report["shared_bytes"] <= min(legal.SHARED_LIMIT.values())
+    return report
+
+
+@cases(NORMS)
+def test_norm(kernel, arch, problem, tile, reports):
+    report = clean(reports, kernel, arch, problem, tile)
+    count = report["count"]
+    assert report["registers"] <= 168, "fewer than three programs of four warps fit a multiprocessor"
+    if problem.C % 8:
+        return
+    stores = {"forward": 1, "sums": 0, "grad": 1 + bool(problem.shortcut)}[kernel]
+    reads = {"forward": 1 + bool(problem.shortcut), "sums": 2 + (problem.shortcut == "norm"),
+             "grad": 2 + (problem.shortcut == "norm")}[kernel]
+    each = tile.BLOCK_M * tile.BLOCK_C * (4 if problem.dtype == "fp32" else 2) // (16 * 32 * tile.num_warps)
+    assert each == 2
+    assert count["STG.E.128"] == stores * each, "images are not stored 16 bytes at a time"
+    assert count["LDG.E.128"] >= reads * each, "images are not loaded 16 bytes at a time"
+    if kernel == "grad":
+        assert count["STG."] == count["STG.E.128"]
+
+
+@cases(CONVS)
+def test_convolution(kernel, arch, problem, tile, reports):
+    report = clean(reports, kernel, arch, problem, tile)
+    found = {name for name in ("HGMMA", "HMMA") if report["count"][name]}
+    assert found == {tile.instruction(problem.dtype, arch)} - {""}, "tensor-core instructions"
+    assert not report["serialized"], "ptxas serialised the wgmma pipeline"
+    assert report["shared_bytes"] <= tile.shared(problem), "`legal` judges by an estimate that is too low"
+    assert report["count"]["STG.E.128"], "u is not stored 16 bytes at a time"
+
+
+@cases(REST)
+def test_small_launch(kernel, arch, problem, tile, reports):
+    clean(reports, kernel, arch, problem, tile)
