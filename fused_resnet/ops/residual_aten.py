@@ -12,6 +12,11 @@ from fused_resnet.ops.bn_act import passes
 from fused_resnet.ops.residual_parts import Branch, Kept, Parts, Stage
 
 WIDTH = len(Parts._fields)
+# Looked up once: choosing the overload costs microseconds at every call.
+_convolution_backward = torch.ops.aten.convolution_backward.default
+_native_batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
+_threshold_backward = torch.ops.aten.threshold_backward.default
+_threshold_backward_into = torch.ops.aten.threshold_backward.grad_input
 
 
 def convolve(x: torch.Tensor, stage: Stage, part: Parts) -> torch.Tensor:
@@ -32,7 +37,8 @@ def _normalise(u: torch.Tensor, stage: Stage, part: Parts) -> tuple[torch.Tensor
     z, mean, invstd, reserve, kernel = torch._batch_norm_impl_index(
         u, part.gamma, part.beta, part.running_mean, part.running_var, stage.batch, stage.momentum, stage.eps,
         torch.backends.cudnn.enabled)
-    kept = Kept(u, None, None, reserve=reserve if reserve.numel() else None, kernel=torch.tensor(kernel))
+    kept = Kept(u, None, None, reserve=reserve if reserve.numel() else None,
+                kernel=torch.tensor(kernel) if kernel else None)
     return z, kept._replace(mean=mean, invstd=invstd) if stage.batch else kept
 
 
@@ -48,13 +54,25 @@ def _again(u: torch.Tensor, stage: Stage, part: Parts, kept: Kept) -> torch.Tens
 def _masked(grad: torch.Tensor, y: torch.Tensor, activation: str) -> torch.Tensor:
     """The gradient before an activation, from its output. NaN passes, as in stock."""
     if activation == "relu":
-        return torch.ops.aten.threshold_backward(grad, y, 0)
+        return _threshold_backward(grad, y, 0)
     return torch.ops.aten.hardtanh_backward(grad, y, 0.0, 6.0) if activation == "relu6" else grad
+
+
+def _mask(grad: torch.Tensor, y: torch.Tensor, activation: str) -> torch.Tensor:
+    """The same in place: `grad` is fresh."""
+    if activation == "relu":
+        return _threshold_backward_into(grad, y, 0, grad_input=grad)
+    if activation == "relu6":
+        return torch.ops.aten.hardtanh_backward.grad_input(grad, y, 0.0, 6.0, grad_input=grad)
+    return grad
 
 
 def _norm_backward(dz: torch.Tensor | None, u: torch.Tensor, stage: Stage, part: Parts, kept: Kept,
                    needs: tuple[bool, ...]) -> tuple[torch.Tensor | None, ...]:
     """(du, dgamma, dbeta)."""
+    if kept.kernel is None:
+        return _native_batch_norm_backward(dz, u, part.gamma, part.running_mean, part.running_var, kept.mean,
+                                           kept.invstd, stage.batch, stage.eps, needs)
     reserve = kept.reserve if kept.reserve is not None else torch.empty(0, dtype=torch.uint8, device=u.device)
     return torch.ops.aten._batch_norm_impl_index_backward(
         int(kept.kernel), u, dz, part.gamma, part.running_mean, part.running_var, kept.mean, kept.invstd,  # type: ignore
@@ -102,6 +120,7 @@ def backward(spec: Branch, dy: torch.Tensor, x: torch.Tensor, reads: torch.Tenso
     Args:
         reads: the projection's input where it is not x.
         mask: bits of y's mask, or y, or None.
+        kept: emptied on the way, so that what was used is freed.
         needs: for x, for the shortcut, then for every tensor of `parts`.
         shared: the shortcut is x.
         adds: there is a shortcut.
@@ -112,39 +131,57 @@ def backward(spec: Branch, dy: torch.Tensor, x: torch.Tensor, reads: torch.Tenso
     joins = None
     if spec.projection is not None:
         source = x if shared else reads
-        joins = _stage_backward(dz, source, spec.projection, parts[-1], kept[-1], needs[other], needs, grads,
-                                len(parts) - 1)
+        mine = kept.pop()
+        joins = _through_norm(dz, source, spec.projection, parts[-1], mine, needs[other], needs, grads, len(parts) - 1)
+        joins = _through_conv(joins, source, spec.projection, parts[-1], needs[other], needs, grads, len(parts) - 1)
     elif adds and needs[other]:
         joins = dz
-    inputs = [x]
-    for stage, part, mine in zip(spec.stages[:-1], parts, kept, strict=False):
-        inputs.append(mine.a if mine.a is not None else _again(mine.u, stage, part, mine))  # type: ignore[arg-type]
     for i in reversed(range(len(spec.stages))):
+        stage, part, mine = spec.stages[i], parts[i], kept.pop()
         further = needs[0] or i > 0 and any(needs[2:2 + i * WIDTH])
-        source = inputs.pop()
-        dz = _stage_backward(dz, source, spec.stages[i], parts[i], kept[i], further, needs, grads, i)
+        source = x
+        if i:
+            source = kept[-1].a
+            if source is None:
+                source = _again(kept[-1].u, spec.stages[i - 1], parts[i - 1], kept[-1])  # type: ignore[arg-type]
+            kept[-1] = kept[-1]._replace(a=None)
+        # Each name is bound anew as soon as its tensor is of no more use, so that the next one finds its memory warm.
+        dz = _through_norm(dz, source, stage, part, mine, further, needs, grads, i)
+        del mine
+        dz = _through_conv(dz, source, stage, part, further, needs, grads, i)
         if dz is None:
             break
         if i:
-            dz = _masked(dz, source, spec.stages[i - 1].activation)
+            dz = _mask(dz, source, spec.stages[i - 1].activation)  # type: ignore[arg-type]
     grads[own] = dz if needs[0] else None
     if joins is not None:
         grads[other] = joins if grads[other] is None else grads[other].add_(joins)
     return grads
 
 
-def _stage_backward(dz: torch.Tensor | None, source: torch.Tensor | None, stage: Stage, part: Parts, kept: Kept,
-                    further: bool, needs: tuple[bool, ...], grads: list[Any], index: int) -> torch.Tensor | None:
-    """Gradient of `source`, the convolution's input, where `further`; those of the parameters go into `grads`."""
+def _through_norm(dz: torch.Tensor | None, source: torch.Tensor | None, stage: Stage, part: Parts, kept: Kept,
+                  further: bool, needs: tuple[bool, ...], grads: list[Any], index: int) -> torch.Tensor | None:
+    """Gradient of the convolution's output where anything behind it needs one; those of gamma and beta go to `grads`.
+
+    Args:
+        source: the convolution's input, which makes its output again where that was not kept.
+    """
     first = 2 + index * WIDTH
     wanted = needs[first:first + 4]
-    inner = further or wanted[0] or wanted[1]
     u = kept.u if kept.u is not None else convolve(source, stage, part)  # type: ignore[arg-type]
-    du, grads[first + 2], grads[first + 3] = _norm_backward(dz, u, stage, part, kept, (inner, *wanted[2:]))
-    if not inner:
+    du, grads[first + 2], grads[first + 3] = _norm_backward(
+        dz, u, stage, part, kept, (further or wanted[0] or wanted[1], *wanted[2:]))
+    return du
+
+
+def _through_conv(du: torch.Tensor | None, source: torch.Tensor | None, stage: Stage, part: Parts, further: bool,
+                  needs: tuple[bool, ...], grads: list[Any], index: int) -> torch.Tensor | None:
+    """Gradient of `source`, the convolution's input, where `further`; those of weight and bias go to `grads`."""
+    if du is None:
         return None
+    first = 2 + index * WIDTH
     sizes = [part.weight.shape[0]] if part.bias is not None else None
-    dx, grads[first], grads[first + 1] = torch.ops.aten.convolution_backward(
+    dx, grads[first], grads[first + 1] = _convolution_backward(
         du, source, part.weight, sizes, stage.stride, stage.padding, stage.dilation, False, (0, 0), stage.groups,
-        (further, wanted[0], wanted[1]))
+        (further, needs[first], needs[first + 1]))
     return dx

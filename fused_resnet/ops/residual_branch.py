@@ -14,7 +14,6 @@ M elements a channel, xhat = (u - mean) / std and dz = dy where z + shortcut > 0
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -37,7 +36,8 @@ def run(spec: Branch, x: torch.Tensor, shortcut: torch.Tensor | None, parts: lis
         [N, K, P, Q] in x's dtype, with the strides that the stock operators give. Running statistics are updated.
     """
     tensors = [t for part in parts for t in part]
-    return _Branch.apply(spec, x, shortcut, *tensors)[0]
+    apply = _Branch.apply if torch._C._are_functorch_transforms_active() else _apply
+    return apply(spec, x, shortcut, *tensors)[0]
 
 
 def _split(tensors: Any, kind: Any) -> list[Any]:
@@ -90,8 +90,8 @@ class _Branch(torch.autograd.Function):
         return None, *way.backward(spec, dy, x, reads, mask, parts, kept, needs, ctx.shared, ctx.adds)
 
 
-# Function.apply asks for the signature at every call; making it takes four times as long as binding to it.
-_Branch.forward.__signature__ = inspect.signature(_Branch.forward)  # type: ignore[attr-defined]
+# Function.apply without the binding of default arguments, which takes as long as a small convolution.
+_apply = super(torch.autograd.Function, _Branch).apply
 
 
 def _twice(spec: Branch, dy: torch.Tensor, x: torch.Tensor, reads: torch.Tensor | None, mask: torch.Tensor | None,
