@@ -4,9 +4,9 @@
     pro(x) = act_p((x - pre_mean) * pre_gamma / sqrt(pre_var + pre_eps) + pre_beta), or x
 
 The prologue is the norm and activation of the layer before, so that what they make is never stored. Statistics
-are those of u as it is stored, because backward reads that. A kernel sums (u - pivot) and its square tile by tile
-in a fixed order and a small second launch adds the parts up: no atomics, the same bits every time. The pivot, a
-vector near the mean (the running mean), keeps the digits of the variance where |mean| >> std; it does not
+are those of u as it is stored, because backward reads that. A kernel takes mean and squared differences of
+(u - pivot) tile by tile, and small launches join the tiles in a fixed order: no atomics, the same bits every time.
+The pivot, a vector near the mean (the running mean), keeps all digits of the variance where |mean| >> std; it does not
 change the result otherwise. x and u are dense in channels_last memory. Zero padding is applied after `pro`.
 """
 

@@ -68,6 +68,20 @@ def test_tiles_are_joined_whatever_their_number(one, block, device, monkeypatch)
     agree_stats(problem, operands, run(forward, problem, operands))
 
 
+def test_many_tiles_keep_their_digits(device):
+    """Tiles of 128 elements of 256 images of 112 x 112, whose means drift with the image, joined in two launches."""
+    problem = stats_problem(conv(16, 4, 112, 1, n=256))._replace(device=device)
+    count = 256 * 112 * 112 // 128
+    means = (torch.randn(count, 4) * 0.1 + torch.linspace(-3.0, 3.0, count)[:, None]).to(device)
+    squares = (torch.rand(count, 4) * 256.0).to(device)
+    mean, var = kernel.join(problem, stats_operands(problem._replace(N=1)), (means, squares), 128)
+    far = means.double()
+    exact = far.mean(0)
+    spread = far.var(0, correction=0) + squares.double().sum(0) / (128 * count)
+    assert ((mean[0].double() - exact).abs() <= 16 * 2.0**-24 * far.abs().mean(0)).all()
+    assert ((var[0].double() - spread).abs() <= 16 * 2.0**-24 * spread).all()
+
+
 @pytest.mark.parametrize("problem", [conv(16, 16, 5, n=3), conv(32, 32, 4, groups=8), conv(24, 16, 4, prologue="relu")],
                          ids=lambda p: p.id)
 def test_nan_and_inf_stay_in_their_channels(problem, device):

@@ -1,4 +1,4 @@
-"""A residual branch on Triton's kernels, forward and backward, beside autograd of stock operators: both against fp64."""
+"""A residual branch on Triton's kernels, forward and backward, beside autograd of stock operators; all against fp64."""
 
 import pytest
 import torch

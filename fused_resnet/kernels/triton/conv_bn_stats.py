@@ -29,6 +29,7 @@ from fused_resnet.kernels.triton.norm import vector
 from fused_resnet.problem import ConvOperands, ConvProblem
 
 FOLDED = False
+Moments = tuple[torch.Tensor, torch.Tensor]
 Statistics = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 SMALL_OPTIONS = {"num_warps": 4, "num_stages": 1}
 JOIN = {"BLOCK_T": 128, "BLOCK_C": 16}
@@ -195,14 +196,32 @@ def bind_fold(problem: ConvProblem, operands: ConvOperands, folded: torch.Tensor
         "var": o.pre_var, "eps": o.pre_eps, "C": problem.C, "BLOCK_C": 128}
 
 
-def bind_join(problem: ConvProblem, operands: ConvOperands, tiles: tuple[torch.Tensor, torch.Tensor], span: int,
-              steps: int, joined: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, int, dict[str, Any]]:
+def bind_join(problem: ConvProblem, operands: ConvOperands, parts: Moments, span: int, steps: int,
+              joined: Moments) -> tuple[Any, int, dict[str, Any]]:
     """The launch that joins moments [tiles, K], each of `span` elements, to fewer."""
-    programs = cdiv(tiles[0].shape[0], JOIN["BLOCK_T"] * steps)
+    programs = cdiv(parts[0].shape[0], JOIN["BLOCK_T"] * steps)
     return join_moments, programs * cdiv(problem.K, JOIN["BLOCK_C"]), {
-        "means": tiles[0], "squares": tiles[1], "mean": joined[0], "square": joined[1],
-        "pivot": operands.mean, "M": problem.N * problem.P * problem.Q, "SPAN": span, "TILES": tiles[0].shape[0],
+        "means": parts[0], "squares": parts[1], "mean": joined[0], "square": joined[1],
+        "pivot": operands.mean, "M": problem.N * problem.P * problem.Q, "SPAN": span, "TILES": parts[0].shape[0],
         "STEPS": steps, "K": problem.K, "LAST": programs == 1, **JOIN}
+
+
+def pair(rows: int, problem: ConvProblem, device: torch.device) -> Moments:
+    """Memory for the moments of so many tiles."""
+    return (torch.empty((rows, problem.K), dtype=torch.float32, device=device),
+            torch.empty((rows, problem.K), dtype=torch.float32, device=device))
+
+
+def join(problem: ConvProblem, operands: ConvOperands, parts: Moments, span: int) -> Moments:
+    """Mean and biased variance [1, K] from the moments [tiles, K] of tiles of `span` elements, the last one shorter."""
+    while True:
+        count = parts[0].shape[0]
+        steps = 1 if count > ONE_LAUNCH else cdiv(count, JOIN["BLOCK_T"])
+        joined = pair(cdiv(count, JOIN["BLOCK_T"] * steps), problem, parts[0].device)
+        launch(*bind_join(problem, operands, parts, span, steps, joined), parts[0].device, SMALL_OPTIONS)
+        if joined[0].shape[0] == 1:
+            return joined
+        parts, span = joined, span * JOIN["BLOCK_T"] * steps
 
 
 def forward(problem: ConvProblem, operands: ConvOperands, tile: Tile | None = None) -> Statistics:
@@ -225,24 +244,12 @@ def forward(problem: ConvProblem, operands: ConvOperands, tile: Tile | None = No
         tile = pick(p, arch)
     elif reason := lawful(tile, p, arch):
         raise ValueError(f"{tile} cannot run {p.id} on sm_{arch}: {reason}")
-
-    def pair(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return (torch.empty((rows, p.K), dtype=torch.float32, device=x.device),
-                torch.empty((rows, p.K), dtype=torch.float32, device=x.device))
-
     if p.prologue:
         folded = torch.empty((2, p.C), dtype=torch.float32, device=x.device)
         launch(*bind_fold(p, operands, folded), x.device, SMALL_OPTIONS)
         operands = operands._replace(pre_gamma=folded[0], pre_beta=folded[1], pre_mean=None, pre_var=None)
     u = torch.empty(p.output_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    count, span = cdiv(p.N * p.P * p.Q, tile.BLOCK_M), tile.BLOCK_M
-    parts = pair(count)
+    parts = pair(cdiv(p.N * p.P * p.Q, tile.BLOCK_M), p, x.device)
     launch(*bind(p, operands, u, *parts, tile), x.device, tile.options)
-    done = False
-    while not done:
-        steps = 1 if count > ONE_LAUNCH else cdiv(count, JOIN["BLOCK_T"])
-        count, given = cdiv(count, JOIN["BLOCK_T"] * steps), parts
-        parts = pair(count)
-        launch(*bind_join(p, operands, given, span, steps, parts), x.device, SMALL_OPTIONS)
-        span, done = span * JOIN["BLOCK_T"] * steps, count == 1
-    return u, parts[0][0], parts[1][0]
+    mean, var = join(p, operands, parts, tile.BLOCK_M)
+    return u, mean[0], var[0]
