@@ -12,8 +12,9 @@ from torch import fx, nn
 from fused_resnet import backends, tuner
 from fused_resnet.fusing import match
 from fused_resnet.fusing.build import build
-from fused_resnet.fusing.capture import REPLACED, Refused, capture, shadow
-from fused_resnet.fusing.plan import Plan, detach
+from fused_resnet.fusing.capture import REPLACED, Captured, Refused, capture, shadow
+from fused_resnet.fusing.plan import NO_ROUTE, Plan, detach
+from fused_resnet.fusing.route import Route
 
 NOTES = "_fused_resnet_notes"
 NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -137,6 +138,7 @@ def _attach(model: nn.Module, allowed: Callable[[str, nn.Module], bool] | None, 
 def _plan(module: nn.Module, twin: nn.Module, opaque: set[str], keep: bool, prefix: str) -> tuple[Plan | None, dict]:
     captured = capture(twin, opaque)
     graph = captured.graph
+    spare = _copy(graph)
 
     def lookup(node: fx.Node) -> nn.Module | None:
         return twin.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -147,5 +149,34 @@ def _plan(module: nn.Module, twin: nn.Module, opaque: set[str], keep: bool, pref
     match.check_inplace(graph, lookup, foreign)
     found, reasons = match.find(graph, lookup)
     why = {str(conv.target): reason for conv, reason in reasons.items()}
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    return (build(module, captured, found, foreign, opaque, keep, prefix) if found and inputs else None), why
+    if not found or not any(node.op == "placeholder" for node in graph.nodes):
+        return None, why
+    plan = build(module, captured, found, foreign, keep, prefix)
+    reads = "training" in captured.names
+    route = _route(module, captured, spare, lookup, foreign, prefix, False if reads else None)
+    plan.routes = {False: route, True: route}
+    if reads:
+        twin.train()
+        try:
+            captured = capture(twin, opaque)
+            plan.routes[True] = _route(module, captured, captured.graph, lookup, foreign, prefix, True)
+        except Refused as refusal:
+            plan.routes[True] = f"in training: {refusal}"
+        finally:
+            twin.eval()
+    return plan, why
+
+
+def _route(module: nn.Module, captured: Captured, graph: fx.Graph, lookup: match.Lookup, opaque: set[str], prefix: str,
+           mode: bool | None) -> Route | str:
+    try:
+        route = Route(module, captured, graph, lookup, opaque, prefix, mode)
+    except Refused as refusal:
+        return f"in training: {refusal}"
+    return route if route.branches else NO_ROUTE
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    twin = fx.Graph()
+    twin.output(twin.graph_copy(graph, {}))
+    return twin

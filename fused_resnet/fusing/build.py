@@ -12,14 +12,13 @@ from fused_resnet.fusing.plan import Plan
 from fused_resnet.fusing.steps import Call, Launch, Slots, call_step, free, live
 
 
-def build(module: nn.Module, captured: Captured, matches: list[Match], opaque: set[str], left_out: set[str], keep: bool,
+def build(module: nn.Module, captured: Captured, matches: list[Match], opaque: set[str], keep: bool,
           prefix: str) -> Plan:
     """Turns a matched graph of `module` into a plan over its live submodules.
 
     Args:
         captured: what was traced; its graph is the matched one.
         opaque: names of submodules whose forwards are not understood.
-        left_out: names of all submodules that stay calls, those of torch.nn among them.
         keep: leave results in channels_last.
         prefix: the name of `module` in the model, with a dot, or "".
     """
@@ -47,7 +46,7 @@ def build(module: nn.Module, captured: Captured, matches: list[Match], opaque: s
     given = {i for node, i in slots.given.items()
              if all(user in absorbed and absorbed[user].pool and user is absorbed[user].conv for user in node.users)}
     return Plan(module, len(slots.given), given, steps, slots.size, output, keep, inlined, called,
-                captured.names, left_out, prefix)
+                captured.names)
 
 
 def _launch(module: nn.Module, match: Match, slots: Slots, reuse: bool, prefix: str) -> Launch:

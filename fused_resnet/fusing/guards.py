@@ -21,7 +21,7 @@ class Guards:
     """Compares the modules behind a plan with what they were."""
 
     def __init__(self, root: nn.Module, inlined: list[nn.Module], called: list[nn.Module], names: set[str],
-                 mode: bool | None = None):
+                 modes: list[tuple[nn.Module, bool]] | None = None):
         """Takes stock of everything.
 
         Args:
@@ -29,9 +29,9 @@ class Guards:
             inlined: the modules whose forwards are in the graph, with root.
             called: the modules that the graph calls, or called before a match took them.
             names: every name that the forwards mention.
-            mode: what the inlined modules' `training` has to be; None for False in all modules.
+            modes: what `training` has to be, for which modules; None for False in all of them.
         """
-        self.modes = [(m, bool(mode)) for m in (inlined if mode is not None else (*inlined, *called))]
+        self.modes = [(m, False) for m in (*inlined, *called)] if modes is None else modes
         self.watched = list({id(m): m for m in (*inlined, *called)}.values())
         self.forwards = [(m, type(m).forward, m.__dict__.get("forward")) for m in self.watched]
         self.children = [(m, dict(m._modules)) for m in inlined]

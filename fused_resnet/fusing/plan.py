@@ -21,7 +21,6 @@ from torch import nn
 
 from fused_resnet import backends, numerics, tuner
 from fused_resnet.fusing import trial
-from fused_resnet.fusing.capture import Refused
 from fused_resnet.fusing.guards import Guards
 from fused_resnet.fusing.route import Route
 from fused_resnet.fusing.steps import Launch, Slot, fill_slots
@@ -32,6 +31,7 @@ from fused_resnet.nn import executor
 PLAN_TOLERANCE = {"fp64": 1e-6, "fp32": 1e-2, "bf16": 0.2, "fp16": 0.2}
 
 
+NO_ROUTE = "in training: no convolution is followed by a batch norm"
 UNTUNED = contextlib.nullcontext()
 
 
@@ -42,7 +42,7 @@ class Plan:
     recompute: bool | None = None  # save little for backward; see `nn.training.run`
 
     def __init__(self, module: nn.Module, arity: int, given: set[int], steps: list, size: int, output: Any, keep: bool,
-                 inlined: list[nn.Module], called: list[nn.Module], names: set[str], left_out: set[str], prefix: str):
+                 inlined: list[nn.Module], called: list[nn.Module], names: set[str]):
         self.module, self.arity, self.steps, self.size, self.output = module, arity, steps, size, output
         self.given = given  # inputs that only stems read: their launch takes any layout
         self.keep = keep  # leave results in channels_last
@@ -50,7 +50,6 @@ class Plan:
         self.launches = [s for s in steps if isinstance(s, Launch)]
         self.opaque = [s.target for s in steps if s.opaque]
         self.convs = [m for m in called if isinstance(m, nn.Conv2d)]
-        self.left_out, self.prefix = left_out, prefix  # submodules that stay calls; the module's name with a dot
         self.routes: dict[bool, Route | str] = {}  # for each mode a route, or why there is none
         self.checked: set[tuple] = set()
         self.broken: str | None = None
@@ -63,6 +62,9 @@ class Plan:
     def arm(self) -> None:
         """Takes the guards, once every plan of the model is attached."""
         self.guards = Guards(self.module, self.inlined, self.called, self.names)
+        for route in {id(r): r for r in self.routes.values()}.values():
+            if isinstance(route, Route):
+                route.arm()
 
     def replicate(self) -> nn.Module:
         """A replica for DataParallel: stock, because the plan's modules hold the original's tensors."""
@@ -93,22 +95,12 @@ class Plan:
             return self._run(args, key[0]) if key in self.checked else self._check(key, args)
 
     def route(self, args: tuple, kwargs: dict) -> tuple[Route | None, str | None]:
-        """The steps of a call that trains, or why there are none. Captured at the first such call of a mode."""
-        mode = self.module.training
-        if mode not in self.routes:
-            try:
-                self.routes[mode] = Route(self.module, mode, self.left_out, self.prefix)
-            except Refused as refusal:
-                self.routes[mode] = f"in training: {refusal}"
-        route = self.routes[mode]
+        """The steps of a call that trains, or why there are none."""
+        route = self.routes.get(self.module.training, NO_ROUTE)
         if isinstance(route, str):
             return None, route
-        reason = self.guards.changed(modes=False) or route.refusal(args, kwargs) or self.mixed(args)
+        reason = route.refusal(args, kwargs) or self.mixed(args)
         return (route, None) if reason is None else (None, reason)
-
-    def __getstate__(self) -> dict:
-        """Routes are captured anew: where the copy trains, and in the mode that it is in then."""
-        return {**self.__dict__, "routes": {}, "checked": set(self.checked)}
 
     def kind(self, args: tuple) -> tuple:
         """What kind of call this is, first of all whether stock computes in contiguous memory: each is checked once."""

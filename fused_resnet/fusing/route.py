@@ -1,7 +1,7 @@
 """Routes: what a plan runs where gradients are recorded or norms look at the batch.
 
-A route is captured when the first such call comes, in the mode that the module is in then, because a forward may
-read `self.training`. Its convolutions and norms run as residual branches (`ops.residual_branch`), each one autograd
+A route comes from the same capture as the plan, or from a second one in training mode where forward reads
+`self.training`. Its convolutions and norms run as residual branches (`ops.residual_branch`), each one autograd
 node: chains whose inner values nobody else reads, with the projection or the tensor that is added at their end.
 Everything else stays a call of the live module.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from fused_resnet.fusing import match
-from fused_resnet.fusing.capture import Refused, capture, shadow
+from fused_resnet.fusing.capture import Captured
 from fused_resnet.fusing.guards import Guards
 from fused_resnet.fusing.steps import Call, Slots, call_step, fill_slots, free, live
 from fused_resnet.nn import executor, training
@@ -67,45 +67,40 @@ class BranchStep:
 
 
 class Route:
-    """The forward of one module in one mode as steps."""
+    """The forward of one module as steps."""
 
-    def __init__(self, module: nn.Module, mode: bool, opaque: set[str], prefix: str):
-        """Captures `module`.
+    def __init__(self, module: nn.Module, captured: Captured, graph: fx.Graph, lookup: match.Lookup, opaque: set[str],
+                 prefix: str, mode: bool | None):
+        """Builds the steps.
 
         Args:
             module: the live module.
-            mode: whether forward is to see `self.training`.
-            opaque: names of submodules that are to stay calls.
+            captured: what was traced.
+            graph: its graph, as it was traced.
+            lookup: the module that a node calls, or None.
+            opaque: names of submodules whose forwards are not understood.
             prefix: the name of `module` in the model, with a dot, or "".
+            mode: what forward found in `self.training`; None where it did not look.
 
         Raises:
-            Refused: with the reason.
+            Refused: forward works in place on what it does not own.
         """
-        from fused_resnet.fusing.plan import detach
-
-        twin = shadow(module)
-        for inside in twin.modules():
-            detach(inside).train(mode)
-        captured = capture(twin, opaque)
-
-        def lookup(node: fx.Node) -> nn.Module | None:
-            return twin.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-        match.drop_identities(captured.graph, lookup, (nn.Identity,))
-        foreign = {name for name in opaque if not match.plain_leaf(twin.get_submodule(name))
-                   or "forward" in twin.get_submodule(name).__dict__}
-        match.check_inplace(captured.graph, lookup, foreign)
-        found, _ = match.find(captured.graph, lookup, training=True)
-        self.mode = mode
-        self._build(module, captured.graph, chains(found, lookup), foreign, prefix)
-        if not self.branches:
-            raise Refused("no convolution is followed by a batch norm")
-        inlined, called = ([module.get_submodule(n) for n in names] for names in (captured.inlined, captured.called))
-        self.guards = Guards(module, inlined, called, captured.names, mode)
+        match.drop_identities(graph, lookup, (nn.Identity,))
+        match.check_inplace(graph, lookup, opaque)
+        found, _ = match.find(graph, lookup, training=True)
+        self.module, self.mode, self.names = module, mode, captured.names
+        self.inlined, self.called = ([module.get_submodule(n) for n in names]
+                                     for names in (captured.inlined, captured.called))
+        self._build(graph, chains(found, lookup), opaque, prefix)
         self.opaque = [s.target for s in self.steps if s.opaque]
 
-    def _build(self, module: nn.Module, graph: fx.Graph, found: list[Chain], opaque: set[str], prefix: str) -> None:
-        slots = Slots(graph)
+    def arm(self) -> None:
+        """Takes the guards, once every plan of the model is attached."""
+        self.guards = Guards(self.module, self.inlined, self.called, self.names,
+                             [] if self.mode is None else [(m, self.mode) for m in self.inlined])
+
+    def _build(self, graph: fx.Graph, found: list[Chain], opaque: set[str], prefix: str) -> None:
+        module, slots = self.module, Slots(graph)
         ends = {chain.main[-1].last: chain for chain in found}
         absorbed = {node for chain in found for m in chain.matches for node in m.nodes}
         order = {node: i for i, node in enumerate(graph.nodes)}

@@ -1,15 +1,8 @@
 import pytest
 
 from fused_resnet import fuse
-from fused_resnet.fusing import plan
 from tests.fusing.nets import Net, X
 from tests.nets import randomize
-
-
-@pytest.fixture(autouse=True)
-def fresh_warnings():
-    """Warnings that come once a process come once a test here."""
-    plan._warned.clear()
 
 
 @pytest.fixture
