@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fused_resnet.kernels.triton import bn_act, bn_act_grad, bn_act_sums, conv_bn_stats, strips
+from fused_resnet.kernels.triton.legal import Tile
 from fused_resnet.numerics import DTYPES
 from fused_resnet.ops.bn_act import NormOperands
 from fused_resnet.problem import ConvOperands, NormProblem
@@ -38,9 +39,18 @@ def cases() -> list[tuple[str, int, Any, Any]]:
             for one in problems:
                 one = one._replace(device="cuda", dtype=dtype)
                 found.append(("conv", arch, one, conv_bn_stats.pick(one, arch)))
-        found += [(name, arch, CONVS[1]._replace(device="cuda", dtype="bf16"), found[-1][3])
+        found += [("conv", arch, one, tile) for one, tile in descriptors() if arch == 90]
+        found += [(name, arch, CONVS[1]._replace(device="cuda", dtype="bf16"), conv_bn_stats.pick(one, arch))
                   for name in ("fold", "join", "join last")]
     return found
+
+
+def descriptors() -> list[tuple[Any, Tile]]:
+    """Tiles of tensor descriptors that tuning may choose, with a problem each."""
+    grid = [(CONVS[2], (128, 128, 64, 8, 3), False), (CONVS[2], (128, 64, 64, 4, 4), False),
+            (CONVS[3], (256, 128, 64, 8, 3), True), (CONVS[3], (128, 128, 64, 8, 4), False)]
+    return [(one._replace(device="cuda", dtype="bf16"), Tile("gemm1x1", *sizes, SWAP=swap))
+            for one, sizes, swap in grid]
 
 
 def name(kernel: str, arch: int, problem: Any, tile: Any) -> str:

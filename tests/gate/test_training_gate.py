@@ -2,7 +2,7 @@
 
 import pytest
 
-from fused_resnet.kernels.triton import legal
+from fused_resnet.kernels.triton import conv_bn_stats, legal
 from tests.gate import compile_training
 from tests.gate.workers import compile_all
 
@@ -56,8 +56,10 @@ def test_convolution(kernel, arch, problem, tile, reports):
     found = {name for name in ("HGMMA", "HMMA") if report["count"][name]}
     assert found == {tile.instruction(problem.dtype, arch)} - {""}, "tensor-core instructions"
     assert not report["serialized"], "ptxas serialised the wgmma pipeline"
-    assert report["shared_bytes"] <= tile.shared(problem), "`legal` judges by an estimate that is too low"
-    assert report["count"]["STG.E.128"], "u is not stored 16 bytes at a time"
+    assert report["shared_bytes"] <= conv_bn_stats.shared_memory(tile, problem), "`lawful` estimates too low"
+    stores = report["count"]["STG.E.128" if tile.kernel != "gemm1x1" else "UTMASTG"]
+    assert stores, "u is not stored 16 bytes at a time, or by a descriptor"
+    assert conv_bn_stats.lawful(tile, problem, arch) is None
 
 
 @cases(REST)

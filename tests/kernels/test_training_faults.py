@@ -21,7 +21,7 @@ from tests.kernels.training import (
 )
 
 FORWARD, SUMS, GRAD, STATS = "bn_act.py", "bn_act_sums.py", "bn_act_grad.py", "conv_bn_stats.py"
-NORM, GEMM, EPILOGUE = "norm.py", "conv_bn_act.py", "epilogue.py"
+NORM, GEMM, EPILOGUE, TMA = "norm.py", "conv_bn_act.py", "epilogue.py", "conv_bn_stats_tma.py"
 # What is broken -> (family, file, what stands there, what is put there instead).
 FAULTS = {
     "the mask is inverted": ("bn_act", NORM, "return stops == 0", "return stops"),
@@ -63,22 +63,25 @@ FAULTS = {
         "tl.where(ok, activate(xs.to(tl.float32) * scale + shift, PROLOGUE), 0.0).to",
         "activate(xs.to(tl.float32) * scale + shift, PROLOGUE).to"),
     "the pivot is not taken back": ("conv_bn_stats", STATS, "average += vector(pivot, k, k < K, 0.0)", ""),
-    "the pivot is not subtracted": ("conv_bn_stats", STATS, " - vector(pivot, channel, k < KG, 0.0)", ""),
-    "statistics are those before rounding": ("conv_bn_stats", STATS, "u.to(tl.float32) - vector", "acc - vector"),
-    "pixels behind the last count": ("conv_bn_stats", STATS, "m < M, count, AXIS", "m < M + BLOCK_M, count, AXIS"),
-    "the last tile counts as a whole one": ("conv_bn_stats", STATS, "tl.minimum(M - tile * BLOCK_M, BLOCK_M).to",
+    "the pivot is not subtracted": ("conv_bn_stats", NORM, " - vector(pivot, channel, channel_ok, 0.0)", ""),
+    "statistics are those before rounding": ("conv_bn_stats", STATS, "store_moments(u, ", "store_moments(acc, "),
+    "pixels behind the last count": ("conv_bn_stats", NORM, "m < M, count, AXIS", "m < M + BLOCK_M, count, AXIS"),
+    "the last tile counts as a whole one": ("conv_bn_stats", NORM, "tl.minimum(M - tile * BLOCK_M, BLOCK_M).to",
                                             "(M * 0 + BLOCK_M).to"),
     "the last tile weighs as a whole one": ("conv_bn_stats", STATS, "tl.minimum(M - t.to(tl.int64) * SPAN, SPAN)",
                                             "SPAN"),
     "means of tiles do not differ": ("conv_bn_stats", STATS, " + away * away * counts", ""),
     "means of steps do not differ": ("conv_bn_stats", STATS, " + apart * apart * (n * part)", ""),
-    "sums of squares": ("conv_bn_stats", STATS,
+    "sums of squares": ("conv_bn_stats", NORM,
         "tl.where(ok, values - mean, 0.0)\n    return mean, tl.sum(away * away, AXIS, keep_dims=True)",
         "tl.where(ok, values, 0.0)\n    return mean, tl.sum(away * away, AXIS, keep_dims=True) - count * mean * mean"),
     "the variance is unbiased": ("conv_bn_stats", STATS, "spread = spread / M", "spread = spread / (M - 1)"),
+    "a program ends after its first tile": ("conv_bn_stats", TMA, "tl.cdiv(M, BLOCK_M) * TILES, tl", "1, tl"),
+    "tiles of descriptors take the rows of the next": ("conv_bn_stats", TMA, "m, channel = row * BLOCK_M +",
+                                                       "m, channel = (row + 1) * BLOCK_M +"),
     "the bias is dropped": ("conv_bn_stats", STATS, "acc += vector(bias, channel, k < KG, 0.0)", ""),
-    "every group has the statistics of the first": ("conv_bn_stats", STATS, "means + tile * K + channel",
-                                                    "means + tile * K + k"),
+    "every group has the statistics of the first": ("conv_bn_stats", STATS, "pivot, tile, m, M, channel,",
+                                                    "pivot, tile, m, M, k,"),
     "the folded norm has no beta": ("conv_bn_stats", EPILOGUE, "shift += tl.load(beta", "tl.load(beta"),
     "statistics of packed groups are those before NaN was kept out": ("conv_bn_stats", STATS,
         "u = tl.load(y + m * K + channel, mask=ok, other=0.0)", "u = u"),
@@ -87,7 +90,8 @@ NORMS = [(norm(24, 5, activation="relu6", shortcut="tensor"), Strip(16, 16, 2)),
          (norm(5, (3, 7), n=3, activation="relu6"), Strip(16, 8, 4)), (norm(16, 6, shortcut="norm"), Strip(32, 16, 1))]
 CONVS = [(conv(24, 20, (7, 5), prologue="relu", bias=True), Tile("gemm", 16, 16, 16)),
          (conv(16, 24, (5, 3), groups=2, bias=True), Tile("gemm", 32, 16, 16, SWAP=True)),
-         (conv(32, 32, (5, 3), groups=8), Tile("grouped", 16, 16, 16))]
+         (conv(32, 32, (5, 3), groups=8), Tile("grouped", 16, 16, 16)),
+         (conv(24, 40, (5, 7), 1, prologue="relu", bias=True), Tile("gemm1x1", 16, 16, 16))]
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 

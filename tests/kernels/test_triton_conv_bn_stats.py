@@ -32,6 +32,8 @@ def test_agrees_with_stock(problem, dtype, device):
     (conv(24, 72, (5, 7), n=3, bias=True), Tile("gemm", 32, 16, 16, SWAP=True)),
     (conv(24, 40, (5, 7), n=3, prologue="relu"), Tile("gemm", 64, 16, 32)),
     (conv(32, 32, (5, 3), n=3, groups=8, prologue="relu"), Tile("grouped", 16, 16, 16)),
+    (conv(24, 40, (5, 7), 1, n=3, prologue="relu", bias=True), Tile("gemm1x1", 32, 16, 16)),
+    (conv(40, 72, (5, 7), 1, n=3, bias=True), Tile("gemm1x1", 32, 64, 16, SWAP=True)),
     (conv(16, 16, 3, n=1), Tile("gemm", 64, 16, 16))], ids=lambda v: str(v) if isinstance(v, Tile) else v.id)
 def test_other_tiles_agree(problem, tile, device):
     problem = stats_problem(problem)._replace(device=device)

@@ -6,7 +6,7 @@ digits that sums of squares lose where |mean| >> std. All of it counts from a pi
 is one: the tiles' means then keep their digits too. Later launches join the tiles (Chan, Golub and LeVeque 1983) in an
 order that the sizes fix: no atomics, the same bits every time. With SWAP the channels are the rows of the accumulator,
 and sums over pixels are mostly sums within a thread. The norm in front is folded into one scale and one shift a
-channel by a launch of its own, not in every step of every program.
+channel by a launch of its own, not in every step of every program. The tile "gemm1x1" is in `conv_bn_stats_tma`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_resnet.kernels.triton import conv_bn_act, legal, tiles
+from fused_resnet.kernels.triton import conv_bn_act, conv_bn_stats_tma, legal, tiles
+from fused_resnet.kernels.triton import conv_bn_act_tma as tma
 from fused_resnet.kernels.triton.conv_bn_act import SIZES, narrow_tile, packed_weight, sum_products
 from fused_resnet.kernels.triton.epilogue import fold
 from fused_resnet.kernels.triton.launch import arch_of, launch
 from fused_resnet.kernels.triton.legal import Tile, cdiv
-from fused_resnet.kernels.triton.norm import vector
+from fused_resnet.kernels.triton.norm import store_moments, vector
 from fused_resnet.problem import ConvOperands, ConvProblem
 
 FOLDED = False
@@ -35,14 +36,6 @@ SMALL_OPTIONS = {"num_warps": 4, "num_stages": 1}
 JOIN = {"BLOCK_T": 128, "BLOCK_C": 16}
 # Up to here one launch joins all tiles, beyond it a first one joins them BLOCK_T at a time.
 ONE_LAUNCH = 2048
-
-
-@triton.jit
-def moments(values, ok, count, AXIS: tl.constexpr):
-    """Mean, and sum of squared differences from it, of the `count` values along AXIS that are `ok`."""
-    mean = tl.sum(tl.where(ok, values, 0.0), AXIS, keep_dims=True) / count
-    away = tl.where(ok, values - mean, 0.0)
-    return mean, tl.sum(away * away, AXIS, keep_dims=True)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -56,7 +49,6 @@ def conv_moments(x, weight, y, means, squares, bias, pivot, pre_gamma, pre_beta,
     """y [N, P, Q, K] as in `conv_bn_act.conv_gemm`, and the moments of each tile: means - pivot, squares [tiles, K]."""
     KG: tl.constexpr = K // GROUPS
     TILES: tl.constexpr = (KG + BLOCK_N - 1) // BLOCK_N
-    AXIS: tl.constexpr = 1 if SWAP else 0  # of the pixels
     pid = tl.program_id(0)
     if WIDE:
         pid = pid.to(tl.int64)
@@ -90,10 +82,7 @@ def conv_moments(x, weight, y, means, squares, bias, pivot, pre_gamma, pre_beta,
         u = tl.load(y + m * K + channel, mask=ok, other=0.0)
     else:
         tl.store(y + m * K + channel, u, mask=ok)
-    count = tl.minimum(M - tile * BLOCK_M, BLOCK_M).to(tl.float32)
-    mean, square = moments(u.to(tl.float32) - vector(pivot, channel, k < KG, 0.0), m < M, count, AXIS)
-    tl.store(means + tile * K + channel, mean, mask=k < KG)
-    tl.store(squares + tile * K + channel, square, mask=k < KG)
+    store_moments(u, means, squares, pivot, tile, m, M, channel, k < KG, K, BLOCK_M, 1 if SWAP else 0)
 
 
 @triton.jit(do_not_specialize=["M", "SPAN", "TILES", "STEPS"])
@@ -155,9 +144,16 @@ def needs_finite(problem: ConvProblem) -> bool:
 
 def lawful(tile: Tile, problem: ConvProblem, arch: int) -> str | None:
     """Why `tile` cannot compute `problem` with statistics on `arch`, or None."""
-    if tile.kernel not in ("gemm", "grouped") or tile.SPLIT_K != 1:
-        return f"statistics need whole sums of the kernels gemm and grouped, not {tile}"
-    return legal.legal(tile, problem, arch)
+    if tile.kernel not in ("gemm", "grouped", "gemm1x1") or tile.SPLIT_K != 1:
+        return f"statistics need whole sums of the kernels gemm, grouped and gemm1x1, not {tile}"
+    reason = legal.legal(tile, problem, arch)
+    shared, limit = shared_memory(tile, problem), legal.SHARED_LIMIT[legal.arch_class(arch)]
+    return reason or (f"{shared} bytes of shared memory; sm_{arch} has {limit}" if shared > limit else None)
+
+
+def shared_memory(tile: Tile, problem: ConvProblem) -> int:
+    """Bytes of shared memory: a persistent program loads the next tile while its warps join their sums."""
+    return tile.shared(problem) + (4 * tile.num_warps * tile.BLOCK_N if tile.kernel == "gemm1x1" else 0)
 
 
 def pick(problem: ConvProblem, arch: int) -> Tile:
@@ -181,7 +177,10 @@ def with_tile(tile: dict[str, Any]) -> Callable[[ConvProblem, ConvOperands], Sta
 def bind(problem: ConvProblem, operands: ConvOperands, u: torch.Tensor, means: torch.Tensor, squares: torch.Tensor,
          tile: Tile) -> tuple[Any, int, dict[str, Any]]:
     """The kernel, the number of programs and the arguments of the launch that writes `u` and the tiles' moments."""
-    arguments = operands._replace(weight=packed_weight(operands))._asdict() | conv_bn_act.constants(problem, tile) | {
+    operands = operands._replace(weight=packed_weight(operands))
+    if tile.kernel == "gemm1x1":
+        return conv_bn_stats_tma.bind(problem, operands, u, means, squares, tile)
+    arguments = operands._asdict() | conv_bn_act.constants(problem, tile) | {
         "y": u, "means": means, "squares": squares, "pivot": operands.mean}
     groups = arguments["GROUPS"]
     programs = cdiv(arguments["M"], tile.BLOCK_M) * groups * cdiv(problem.K // groups, tile.BLOCK_N)
@@ -244,6 +243,8 @@ def forward(problem: ConvProblem, operands: ConvOperands, tile: Tile | None = No
         tile = pick(p, arch)
     elif reason := lawful(tile, p, arch):
         raise ValueError(f"{tile} cannot run {p.id} on sm_{arch}: {reason}")
+    if tile.kernel == "gemm1x1" and not tma.aligned(operands):
+        tile = pick(p, arch)
     if p.prologue:
         folded = torch.empty((2, p.C), dtype=torch.float32, device=x.device)
         launch(*bind_fold(p, operands, folded), x.device, SMALL_OPTIONS)

@@ -69,6 +69,27 @@ def through_norm(dz, u, mean, s0, scale, slope):
 
 
 @triton.jit
+def moments(values, ok, count, AXIS: tl.constexpr):
+    """Mean, and sum of squared differences from it, of the `count` values along AXIS that are `ok`."""
+    mean = tl.sum(tl.where(ok, values, 0.0), AXIS, keep_dims=True) / count
+    away = tl.where(ok, values - mean, 0.0)
+    return mean, tl.sum(away * away, AXIS, keep_dims=True)
+
+
+@triton.jit
+def store_moments(u, means, squares, pivot, tile, m, M, channel, channel_ok, K: tl.constexpr, BLOCK_M: tl.constexpr,
+                  AXIS: tl.constexpr):
+    """Stores the moments of u - pivot of one tile into means, squares [tiles, K].
+
+    AXIS is that of the pixels `m`; `channel` and `channel_ok` are its channels along the other.
+    """
+    count = tl.minimum(M - tile * BLOCK_M, BLOCK_M).to(tl.float32)
+    mean, square = moments(u.to(tl.float32) - vector(pivot, channel, channel_ok, 0.0), m < M, count, AXIS)
+    tl.store(means + tile * K + channel, mean, mask=channel_ok)
+    tl.store(squares + tile * K + channel, square, mask=channel_ok)
+
+
+@triton.jit
 def passes(z, KIND: tl.constexpr):
     """Whether the gradient goes through relu or relu6: True for NaN too, because comparisons with it are false."""
     stops = z <= 0.0
