@@ -50,8 +50,8 @@ DGRAD_FAULTS = {
     "the last tile is not summed": (SUMS, "(part < PARTS)", "(part < PARTS - 1)"),
 }
 WGRAD_FAULTS = {
-    "padding is normalised": (WGRAD, "tl.where(ok, activate(xs.to(tl.float32) * pre_scale + pre_shift, PROLOGUE), 0.0)",
-                              "activate(xs.to(tl.float32) * pre_scale + pre_shift, PROLOGUE)"),
+    "padding is normalised": (WGRAD, "tl.where(ok, activate(affine(xs, ahead, pre_scale, pre_shift), PROLOGUE), 0.0)",
+                              "activate(affine(xs, ahead, pre_scale, pre_shift), PROLOGUE)"),
     "the last split is dropped": (SUMS, "(part < PARTS)", "(part < PARTS - 1)"),
     "every split begins with the first pixel": (WGRAD, "first = split * SHARE", "first = split * 0"),
     "every split sums all that follows": (WGRAD, "count = tl.minimum(SHARE, tl.cdiv(M, BLOCK_K) - first)",
@@ -63,7 +63,7 @@ WGRAD_FAULTS = {
                                                    "column // (CG * S), column // CG % S"),
     "rows take the stride of columns": (WGRAD, "(n * H + p * STRIDE_H)", "(n * H + p * STRIDE_W)"),
     "every group reads the first": (WGRAD, "* C + group * CG + c", "* C + c"),
-    "every group has the norm of the first": (WGRAD, "pre_eps, group * CG + c", "pre_eps, c"),
+    "every group has the norm of the first": (WGRAD, "pre_eps, group * CG + c,", "pre_eps, c,"),
     "every group writes to the first": (WGRAD, "(split * K + channel)", "(split * K + k)"),
     "what lies beyond the image counts": (WGRAD, "ok = ok & in_image(", "ok | in_image("),
     "s1 is dropped": (NORM, "- (u.to(tl.float32) - mean) * slope", ""),

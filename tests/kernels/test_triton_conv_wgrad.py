@@ -62,6 +62,12 @@ def test_nan_reaches_the_filters_that_read_it(device):
         agree_wgrad(problem, operands, dw)
 
 
+def test_a_mean_far_beyond_the_deviation_costs_no_digits(device):
+    problem = conv(16, 24, 6, prologue="relu")._replace(device=device)
+    operands = make(problem, through=True, mean=1e3)
+    agree_wgrad(problem, operands, run(kernel.forward, problem, operands))
+
+
 @pytest.mark.parametrize("absent", [("gamma",), ("pre_gamma",), ("pre_beta",), ("gamma", "pre_gamma", "pre_beta")])
 def test_norms_without_affine_vectors(absent, device):
     problem = conv(16, 16, 4, prologue="relu")._replace(device=device)

@@ -40,7 +40,8 @@ def _dgrad(*sizes: int) -> Tile:
 
 
 # (class of architectures, class of dtypes) -> tiles by channels of x a group: up to 16, 32, 64, more. All heuristic:
-# compiled, not measured. With 4 warps, 128 x 64 sums beside dz, u and the indices of a stride of 2 spilled.
+# compiled, not measured. With 4 warps, 128 x 64 sums beside dz, u and the indices of a stride of 2 spilled; windows
+# with 8 warps keep clear of the form that Hopper's compiler broke, see `window.advance`.
 TILES = {
     (90, "half"): (_dgrad(128, 16, 32, 4, 3), _dgrad(128, 32, 32, 4, 3), _dgrad(128, 64, 64, 8, 3),
                    _dgrad(128, 128, 64, 8, 3)),

@@ -7,7 +7,8 @@ sums, and a second launch adds them up in a fixed order: no atomics, the same bi
 
 du is loaded, or made from dz and u as they are loaded, and pro(x), the norm and activation in front, is recomputed
 as x is loaded; what lies outside of the image is zero after it. The vectors of both norms belong to rows and columns,
-which do not change on the way. Output pixels are walked with carries instead of divisions.
+which do not change on the way. Output pixels are walked with carries instead of divisions. A du of NaN meets padding,
+too, and makes NaN of every tap, where a library that skips padding keeps some finite.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import triton
 import triton.language as tl
 
 from fused_resnet.kernels.triton import grad
-from fused_resnet.kernels.triton.epilogue import activate, fold
+from fused_resnet.kernels.triton.epilogue import activate
 from fused_resnet.kernels.triton.grad import du_vectors, load_du
 from fused_resnet.kernels.triton.launch import arch_of, launch
 from fused_resnet.kernels.triton.legal import Tile, arch_class, cdiv, dtype_class, power_of_two
+from fused_resnet.kernels.triton.norm import affine, forward_vectors
 from fused_resnet.kernels.triton.tiles import FILL
 from fused_resnet.kernels.triton.window import in_image
 from fused_resnet.problem import ConvProblem, GradOperands
@@ -94,7 +96,8 @@ def wgrad_gemm(dy, u, gamma, mean, var, means, eps, x, pre_gamma, pre_beta, pre_
     channel = group * KG + k
     vectors = du_vectors(u, gamma, mean, var, eps, means, channel, k < KG, K)
     if PROLOGUE != "":
-        pre_scale, pre_shift = fold(None, pre_gamma, pre_beta, pre_mean, pre_var, pre_eps, group * CG + c, column_ok)
+        ahead, pre_scale, pre_shift = forward_vectors(pre_gamma, pre_beta, pre_mean, pre_var, pre_eps, group * CG + c,
+                                                      column_ok)
 
     first = split * SHARE
     count = tl.minimum(SHARE, tl.cdiv(M, BLOCK_K) - first)
@@ -117,7 +120,7 @@ def wgrad_gemm(dy, u, gamma, mean, var, means, eps, x, pre_gamma, pre_beta, pre_
         xs = tl.load(x + ((pixel * C)[:, None] + window), mask=ok, other=0.0)
         if PROLOGUE != "":
             # Padding is zero after the norm, not before it.
-            xs = tl.where(ok, activate(xs.to(tl.float32) * pre_scale + pre_shift, PROLOGUE), 0.0).to(du.dtype)
+            xs = tl.where(ok, activate(affine(xs, ahead, pre_scale, pre_shift), PROLOGUE), 0.0).to(du.dtype)
         acc = tl.dot(du, xs, acc, input_precision=PRECISION)
         m += BLOCK_K
         if not (SINGLE and STRIDE_H == 1 and STRIDE_W == 1):
