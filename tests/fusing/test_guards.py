@@ -10,37 +10,33 @@ from torch.nn.utils import parametrize, prune
 
 import fused_resnet as fr
 from fused_resnet.fusing import plans
-from fused_resnet.nn import executor
 from tests.fusing.helpers import agree, aside, both, same_strides, twice
 from tests.fusing.nets import Block, Net, X
 from tests.nets import randomize
 
 
-def test_training_runs_stock_bit_for_bit():
+def test_training_is_stock_bit_for_bit():
     stock = randomize(Net()).train()
-    fused = fr.fuse(stock).train()
-    losses = []
-    with pytest.warns(UserWarning, match="gradients are needed") as seen:
+    fused = fr.fuse(stock)
+    for step in range(3):
+        losses = []
         for model in (stock, fused):
             x = X.clone().requires_grad_()
-            torch.manual_seed(0)
+            torch.manual_seed(step)
             loss = model(x).square().sum()
             loss.backward()
             losses.append((loss, x.grad))
-        fused(X)
-    assert len(seen) == 1
-    assert torch.equal(losses[0][0], losses[1][0]) and torch.equal(losses[0][1], losses[1][1])
-    stock(X)
-    for (name, a), b in zip(stock.named_parameters(), fused.parameters(), strict=True):
-        assert torch.equal(a.grad, b.grad), name
-    for (name, a), b in zip(stock.named_buffers(), fused.buffers(), strict=True):
-        assert name.endswith("tracked") or a.shape == b.shape
-    assert any("gradients" in note for note in fr.report(fused).notes)
+        assert torch.equal(losses[0][0], losses[1][0]) and torch.equal(losses[0][1], losses[1][1])
+        for (name, a), b in zip(stock.named_parameters(), fused.named_parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b[1].grad, rtol=1e-5, atol=1e-6, msg=name)
+        for (name, a), b in zip(stock.named_buffers(), fused.buffers(), strict=True):
+            assert torch.equal(a, b), name
+    assert not aside(fused) and not fr.report(fused).notes
 
 
-def test_train_mode_without_gradients_runs_stock(stock, fused):
-    with pytest.warns(UserWarning, match="training mode"):
-        both(stock, fused, lambda m: m.train()(X))
+def test_train_mode_without_gradients(stock, fused):
+    both(stock, fused, lambda m: m.train()(X))
+    assert not aside(fused)
     for a, b in zip(stock.buffers(), fused.buffers(), strict=True):
         assert torch.equal(a, b)
     twice(stock.eval(), fused.eval(), X)
@@ -80,11 +76,11 @@ def test_a_part_in_training_mode_trains(stock, fused, part):
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
     for a, b in zip(stock.buffers(), fused.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert aside(fused) == [executor.TRAINING]
+    assert not aside(fused)
 
 
 @pytest.mark.parametrize("who", ["x", "weight", "bias", "gamma", "head"])
-def test_gradients_run_stock(stock, fused, who):
+def test_gradients_are_those_of_stock(stock, fused, who):
     names = {"weight": "layer1.conv1.weight", "bias": "layer1.conv2.bias", "gamma": "stem.1.weight",
              "head": "head.bias"}
     grads = []
@@ -95,12 +91,10 @@ def test_gradients_run_stock(stock, fused, who):
         model(x).sum().backward()
         grads.append(leaf.grad)
         leaf.requires_grad_(False)
-    assert torch.equal(*grads) or who != "x"  # in front of the parameter nothing needs gradients: that part may fuse
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
-    assert aside(fused) == [executor.GRAD]
     with torch.no_grad():
         agree(stock, fused, X.clone().requires_grad_())
-    assert len(aside(fused)) == 1
+    assert not aside(fused)
 
 
 def test_frozen_parameters_fuse_with_gradients_enabled(stock, fused):

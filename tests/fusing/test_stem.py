@@ -214,7 +214,7 @@ def test_a_changed_pool_is_obeyed(change, when, runs):
     both(stock, fused, CHANGES[change])
     del runs[:]
     agree(stock, fused, X)
-    assert not runs and aside(fused)
+    assert not runs and (aside(fused) or "train" in change)  # which is a route
 
 
 def test_gradients_run_stock(runs):
