@@ -24,7 +24,7 @@ def test_agrees_with_the_reference(problem, dtype, device):
         agree_wgrad(form, operands, run(kernel.forward, form, operands))
 
 
-@pytest.mark.parametrize("tile", [Tile("wgrad", 16, 16, 16, SPLIT_K=1), Tile("wgrad", 64, 64, 16, SPLIT_K=4),
+@pytest.mark.parametrize("tile", [Tile("wgrad", 32, 64, 16, SPLIT_K=1), Tile("wgrad", 64, 64, 16, SPLIT_K=4),
                                   Tile("wgrad", 16, 32, 32, SPLIT_K=3), Tile("wgrad", 32, 128, 16, SPLIT_K=7)], ids=str)
 @pytest.mark.parametrize("problem", [conv(24, 40, (9, 15), n=3, stride=2, prologue="relu"),
                                      conv(36, 24, (6, 7), n=3, groups=2, prologue="relu6"),
