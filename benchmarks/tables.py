@@ -16,7 +16,7 @@ from fused_resnet.bench.results import Results, Row
 FOLDER = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-HEAD = ("provider", "ms", "images/s", "vs stock", "error", "launches", "peak MB")
+HEAD = ("provider", "ms", "images/s", "vs stock", "error", "launches", "peak MB", "saved MB")
 # Their rows are of another kind; all other files are read as results.
 OTHER_STAGES = {"check.json", "tune.json", "ground.json"}
 
@@ -42,9 +42,10 @@ def _machine(path: Path, data: Results) -> Iterable[str]:
     yield f"### {device}\n\ntorch {e.get('torch')}, `{path.parent.name}/{path.name}`{commit}."
     rows = [row for row in data.rows if row.level == "model"]
     for group in dict.fromkeys(row.group for row in rows):
-        model, _, dtype, batch = group
+        model, _, dtype, batch, mode = group
         table = [row for row in rows if row.group == group]
-        yield f"{model}, {dtype}, batch {batch}, {table[0].mode}:\n\n" + _table(table)
+        cast = " autocast" if table[0].autocast else ""
+        yield f"{model}, {dtype}{cast}, batch {batch}, {mode}:\n\n" + _table(table)
 
 
 def _table(rows: Iterable[Row]) -> str:
@@ -61,7 +62,8 @@ def _cells(row: Row) -> list[str]:
         return [name, row.status, *[""] * (len(HEAD) - 2)]
     peak = row.peak_mem_mb if row.device == "cuda" else None  # on a CPU the growth of the process says little
     return [name, _number(row.ms_p50, ".1f"), _number(row.images_per_s, ".1f"), _number(row.vs_stock, ".2f", "x"),
-            _number(row.rel_error, ".1e"), _number(row.launches, "d"), _number(peak, ".0f")]
+            _number(row.rel_error, ".1e"), _number(row.launches, "d"), _number(peak, ".0f"),
+            _number(row.saved_mb, ".0f")]
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

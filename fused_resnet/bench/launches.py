@@ -25,7 +25,7 @@ _NAMES = {
             r"_convolution\w*|_reorder_convolution\w*",
     "norm": r"(_?native_|cudnn_|miopen_|_)?batch_norm\w*|(native_)?(group|layer)_norm|instance_norm",
     "activation": r"(leaky_)?relu6?_?|clamp(_min|_max)?_?|hardtanh_?|silu_?|hardswish_?|hardsigmoid_?|sigmoid_?|gelu_?|"
-                  r"elu_?|prelu|mish_?|tanh_?|threshold_?",
+                  r"elu_?|prelu|mish_?|tanh_?|threshold_?|(threshold|hardtanh|relu|silu|hardswish)_backward",
     "add": r"add_?|_add_relu_?|add_relu_?",
     "pool": r"(adaptive_)?(avg|max)_pool[123]d\w*|mean|quantized_max_pool\w*",
     "linear": r"linear|addmm|mm|matmul|bmm|addbmm|baddbmm|_linear_pointwise\w*|mkldnn_linear",
@@ -43,7 +43,7 @@ def category(name: str) -> str | None:
     """What the operator `namespace::name` computes: a key of `CATEGORIES`, None if it computes nothing."""
     namespace, _, operator = name.rpartition("::")
     operator = operator.split(".")[0]
-    if not namespace:
+    if not namespace or namespace in ("autograd::engine", "torch::autograd"):  # the engine's own bookkeeping
         return None
     if namespace != PREFIX.rstrip(":"):
         for key, pattern in _CATEGORY.items():

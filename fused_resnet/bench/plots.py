@@ -10,9 +10,11 @@ from typing import Any
 from fused_resnet.bench.results import EAGER, Results, Row
 
 # Ours stands out, stock is grey, peers keep one colour each (Okabe and Ito's palette, safe for colour-blind readers).
+Key = tuple[str, str, str, int, str]  # `Row.group`
 COLOURS = {"eager": "#c4c4c4", "eager_channels_last": "#8c8c8c", "fused": "#d55e00", "inductor_freezing": "#0072b2",
            "compile": "#56b4e9", "compile_max_autotune": "#004c7a", "openvino": "#009e73", "onnxruntime": "#e69f00",
-           "tensorrt": "#76b900", "fused_cpu": "#e08a4e", "fused_cudnn": "#e8a87c", "fused_triton": "#b34700"}
+           "tensorrt": "#76b900", "fused_cpu": "#e08a4e", "fused_cudnn": "#e8a87c", "fused_triton": "#b34700",
+           "fused_recompute": "#f2c09a"}
 ORDER = tuple(COLOURS)
 GRAPH_HATCH = "///"
 GROUPS_A_LINE = 4
@@ -67,17 +69,21 @@ def speedups(results: Results, path: str | os.PathLike[str]) -> Path | None:
     return Path(path)
 
 
-def _groups(rows: Sequence[Row]) -> list[tuple[tuple[str, str, str, int], list[Row]]]:
+def _groups(rows: Sequence[Row]) -> list[tuple[Key, list[Row]]]:
     """Drawable rows by group, groups in the order of the file, bars in the order of `ORDER`."""
-    found: dict[tuple[str, str, str, int], list[Row]] = {}
+    found: dict[Key, list[Row]] = {}
     for row in rows:
         if row.level == "model" and row.status == "ok" and row.vs_stock and row.provider in COLOURS:
             found.setdefault(row.group, []).append(row)
-    return [(key, sorted(group, key=lambda row: (row.graph, ORDER.index(row.provider)))) for key, group in
-            sorted(found.items(), key=lambda item: (item[0][0], item[0][2] != "fp32", item[0][2], -item[0][3]))]
+    def place(item: tuple[Key, list[Row]]) -> tuple:
+        model, _, dtype, batch, mode = item[0]
+        return mode, model, dtype != "fp32", dtype, -batch
+
+    return [(key, sorted(group, key=lambda row: (row.graph, ORDER.index(row.provider))))
+            for key, group in sorted(found.items(), key=place)]
 
 
-def _draw(ax: Any, groups: Sequence[tuple[tuple[str, str, str, int], list[Row]]], tallest: float, a_line: int) -> None:
+def _draw(ax: Any, groups: Sequence[tuple[Key, list[Row]]], tallest: float, a_line: int) -> None:
     width = 0.86 / max(len(rows) for _, rows in groups)
     for place, (_, rows) in enumerate(groups):
         for i, row in enumerate(rows):
@@ -91,8 +97,9 @@ def _draw(ax: Any, groups: Sequence[tuple[tuple[str, str, str, int], list[Row]]]
                         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4})
     ax.axhline(1, color="black", linewidth=0.8, linestyle="--", zorder=1)
     ax.set_xticks(range(len(groups)), [
-        f"{model}, {dtype}, batch {batch}" + (f"\nbest eager {_best_eager(rows):.3g} images/s" if rows else "")
-        for (model, _, dtype, batch), rows in groups], fontsize=9)
+        f"{model}, {dtype}, batch {batch}" + ", training" * (mode == "training")
+        + (f"\nbest eager {_best_eager(rows):.3g} images/s" if rows else "")
+        for (model, _, dtype, batch, mode), rows in groups], fontsize=9)
     ax.set_ylabel("x best eager", fontsize=9)
     ax.set_xlim(-0.55, a_line - 0.45)
     ax.set_ylim(0, tallest * 1.12)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,13 +42,16 @@ class Provider:
     """One way to run a model."""
 
     name: str
-    build: Callable[[nn.Module, torch.Tensor], Call]  # (stock model in eval mode, sample batch) -> callable
+    # (stock model, sample batch) -> callable; for training, of a copy in train mode -> what has its parameters
+    build: Callable[[nn.Module, torch.Tensor], Call]
     reason: Callable[[str, str], str | None] = _always  # (device, dtype) -> why it cannot run here, or None
     prepare: Callable[[torch.Tensor], Any] = _same
     cost: float = 0.3  # seconds that building takes, roughly, for a ResNet-50: for planning a budget
     counted: bool = True  # whether the profiler sees its launches on a CPU
     capturable: bool = True  # whether its launches on CUDA can be recorded as a graph, for a second row
     own_graphs: bool = False  # on CUDA it replays graphs of its own
+    mode: str = "inference"
+    forced: str | None = None  # training: the backend that our kernels have to be of
 
     @property
     def ours(self) -> bool:
@@ -111,6 +114,19 @@ class Fused:
         return self.forced or fused_backends(self.model)
 
 
+def _fused_in_training(recompute: bool | None) -> Callable[[nn.Module, torch.Tensor], Call]:
+    return lambda model, sample: fuse(_copy_channels_last(model), inplace=True, memory_format=torch.channels_last,
+                                      recompute=recompute)
+
+
+def _compiled_in_training(model: nn.Module, sample: torch.Tensor) -> Call:
+    return torch.compile(_copy_channels_last(model))
+
+
+def _recompute_reason(device: str, dtype: str) -> str | None:
+    return "fused recomputes by default on CUDA" if device == "cuda" else None
+
+
 def fused_backends(model: nn.Module) -> str:
     """The backends that a fused model's report names, most frequent first, joined by "+"."""
     used = Counter(row.backend for row in report(model) if row.status == "fused" and row.backend)
@@ -164,19 +180,40 @@ PROVIDERS = {p.name: p for p in (
 )}
 
 
-def select(names: list[str] | None, device: str) -> list[Provider]:
+# The same for training. Compiling forward and backward takes thrice as long.
+TRAINING = {p.name: replace(p, mode="training") for p in (
+    Provider("eager", _eager),
+    Provider("eager_channels_last", _eager_channels_last, prepare=channels_last),
+    Provider("fused", _fused_in_training(None), prepare=channels_last),
+    Provider("fused_recompute", _fused_in_training(True), _recompute_reason, channels_last),
+    Provider("compile", _compiled_in_training, _needs_compiler, channels_last, 30.0, False),
+    Provider("fused_triton", _fused_in_training(None), _backend_reason("triton"), channels_last, forced="triton"),
+)}
+
+
+def select(names: list[str] | None, device: str, mode: str = "inference") -> list[Provider]:
     """The providers to run, in order of value.
 
     Without names: all, save a forced backend where it is the only one, for that would repeat `fused`.
 
+    Args:
+        names: some of them; those that the mode does not have are passed over.
+        device: "cpu" or "cuda".
+        mode: "inference" or "training".
+
     Raises:
-        ValueError: an unknown name.
+        ValueError: a name that no mode knows, or none that this one has.
     """
     if names:
-        unknown = [name for name in names if name not in PROVIDERS]
+        known, here = list(dict.fromkeys([*PROVIDERS, *TRAINING])), TRAINING if mode == "training" else PROVIDERS
+        unknown = [name for name in names if name not in known]
         if unknown:
-            raise ValueError(f"unknown provider {unknown[0]!r}, expected some of {', '.join(PROVIDERS)}")
-        return [PROVIDERS[name] for name in PROVIDERS if name in names]
+            raise ValueError(f"unknown provider {unknown[0]!r}, expected some of {', '.join(known)}")
+        if not set(names) & here.keys():
+            raise ValueError(f"provider {names[0]!r} does not do {mode}, expected some of {', '.join(here)}")
+        return [here[name] for name in here if name in names]
+    if mode == "training":
+        return [p for p in TRAINING.values() if p.forced is None or p.reason(device, "fp32") is None]
     forced = [p for p in PROVIDERS.values() if p.ours and p.name != "fused" and p.reason(device, "fp32") is None]
     return [p for p in PROVIDERS.values() if not (p.ours and p.name != "fused") or (p in forced and len(forced) > 1)]
 

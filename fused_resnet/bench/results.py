@@ -31,6 +31,9 @@ PEERS = ("onnxruntime", "openvino", "tensorrt", "torch_tensorrt", "torchvision",
 class Row:
     """One measured cell. A row that is not "ok" keeps its timings None; `reason` is for the printed table only.
 
+    A training step is forward, loss, backward and SGD; its `rel_error` is that of all gradients of the first step
+    (`numerics.check_gradients`), and `saved_mb` are the megabytes that autograd keeps for its backward, parameters and
+    buffers aside, each storage counted once.
     `graph`: the provider replays a CUDA graph; a provider has a row with and one without. `rel_error` is rms(error) /
     rms(reference) against an fp64 run of the stock model; `vs_stock` is over the best eager row of the same run with
     the same `graph`, so that a graph's gain is nobody's but its own; `launches` come from the profiler; `peak_mem_mb`
@@ -59,6 +62,7 @@ class Row:
     rel_error: float | None = None
     launches: int | None = None
     peak_mem_mb: float | None = None
+    saved_mb: float | None = None
     roofline_share: float | None = None
     reason: str = field(default="", metadata={"printed_only": True})
 
@@ -68,14 +72,14 @@ class Row:
         return self.provider + (" + graph" if self.graph else "")
 
     @property
-    def group(self) -> tuple[str, str, str, int]:
+    def group(self) -> tuple[str, str, str, int, str]:
         """Rows of one group ran the same work and are compared with each other."""
-        return (self.model, self.device, self.dtype, self.batch)
+        return (self.model, self.device, self.dtype, self.batch, self.mode)
 
 
 FIELDS = ("level", "model", "problem", "batch", "dtype", "autocast", "device", "mode", "graph", "provider", "backend",
           "status", "ms_p20", "ms_p50", "ms_p80", "images_per_s", "vs_stock", "rel_error", "launches", "peak_mem_mb",
-          "roofline_share")
+          "saved_mb", "roofline_share")
 REQUIRED = ("level", "model", "batch", "dtype", "device", "provider", "status")
 _CHOICES = {"level": LEVELS, "dtype": DTYPES, "device": DEVICES, "mode": MODES, "status": STATUSES}
 _NUMBERS = FIELDS[FIELDS.index("ms_p20"):]

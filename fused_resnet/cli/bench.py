@@ -16,12 +16,15 @@ from fused_resnet.bench import layers as rooflines
 from fused_resnet.cli import console, models
 
 CALIBRATION = 16
+MODES = ("inference", "training")
 SAME = ("cpu", "cores", "threads", "gpu", "cuda", "torch", "input")  # rows of one file share these
 
 
 def bench(
     model: Annotated[str, typer.Option(help=f"comma-separated: {models.HELP}")] = "resnet50,resnet18",
     batch: Annotated[str, typer.Option(help="comma-separated batch sizes")] = "1,8",
+    mode: Annotated[str, typer.Option(help="comma-separated: inference, training; or all. A training step is forward, "
+                                      "cross-entropy, backward, SGD with momentum; 16 bits by autocast")] = "inference",
     dtype: Annotated[str, typer.Option(help="comma-separated: fp32, tf32, bf16, fp16")] = "fp32,bf16",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
     provider: Annotated[str | None, typer.Option(help="comma-separated; default: all that are available")] = None,
@@ -39,7 +42,8 @@ def bench(
     started = time.perf_counter()
     console.set_threads(threads)
     where = console.device_of(device)
-    chosen = providers.select(console.split(provider) or None, where)
+    modes = list(MODES) if mode == "all" else console.choices(mode, MODES, "--mode")
+    chosen = [p for each in modes for p in providers.select(console.split(provider) or None, where, each)]
     todo = console.choices(dtype, console.DTYPES, "--dtype")
     batches = console.numbers(batch, "--batch")
     specs = console.split(model)
@@ -52,7 +56,9 @@ def bench(
     record = results.begin(input=f"{'pictures of ' + str(images) if images else 'scikit-image pictures'}, {size} px",
                            weights=str(weights) if weights else "random, batch norms calibrated on the pictures")
     sheet = _Sheet(folder / "bench.json", record)
-    work = session.jobs(list(built), batches, todo, [where])
+    work = session.jobs(list(built), batches, todo, [where], modes)
+    if not work:
+        raise ValueError("training needs a --batch of 2 or more and another --dtype than fp16")
     if layers:
         _layers(work, built, photographs, sheet, started + budget, quiet)
         return 0
@@ -131,20 +137,22 @@ def table(group: session.Group) -> Table:
                   caption="\n".join([*(f"{name}: {why}" for name, why in group.left_out.items()), *notes]) or None,
                   caption_justify="left")
     shown.add_column("provider")
-    for head in ("ms p50", "p20 .. p80", "images/s", "x best eager", "error", "of peak", "MB"):
+    training = group.job.mode == "training"
+    for head in ("ms p50", "p20 .. p80", "images/s", "x best eager", "error", "of peak", "MB",
+                 *["saved MB"] * training):
         shown.add_column(head, justify="right", no_wrap=True)
     shown.add_column("launches", overflow="fold")
     for entry in sorted(group.entries, key=lambda entry: entry.row.ms_p50 or float("inf")):
         row = entry.row
         style = "bold green" if entry.provider.ours and row.status == "ok" else "red" if row.status != "ok" else None
         if row.ms_p50 is None:
-            shown.add_row(row.label, row.status, "", "", "", _number(row.rel_error, ".1e"), "", "", row.reason,
-                          style=style)
+            shown.add_row(row.label, row.status, "", "", "", _number(row.rel_error, ".1e"), "", "", *[""] * training,
+                          row.reason, style=style)
             continue
         shown.add_row(row.label + (f" ({row.backend})" if row.backend else ""), _number(row.ms_p50, ".4g"),
                       f"{row.ms_p20:.4g} .. {row.ms_p80:.4g}", _number(row.images_per_s, ".1f"),
                       _number(row.vs_stock, ".2f"), _number(row.rel_error, ".1e"), _number(row.roofline_share, ".0%"),
-                      _number(row.peak_mem_mb, ".0f"),
+                      _number(row.peak_mem_mb, ".0f"), *[_number(row.saved_mb, ".0f")] * training,
                       launches.describe(entry.launches) if entry.launches else "", style=style)
     return shown
 

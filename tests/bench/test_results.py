@@ -32,7 +32,7 @@ def test_the_schema_has_these_fields_and_no_others(record, tmp_path):
     assert set(data["rows"][0]) == {
         "level", "model", "problem", "batch", "dtype", "autocast", "device", "mode", "graph", "provider", "backend",
         "status", "ms_p20", "ms_p50", "ms_p80", "images_per_s", "vs_stock", "rel_error", "launches", "peak_mem_mb",
-        "roofline_share"}
+        "saved_mb", "roofline_share"}
 
 
 def test_rows_with_a_graph_are_told_from_those_without(record):

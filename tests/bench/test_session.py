@@ -147,10 +147,10 @@ def test_the_output_of_a_compilers_own_graph_is_what_is_compared(tiny, images, m
 
     provider = Provider("late", build, capturable=False, own_graphs=True)
     job = Job("tiny", 2, "fp32", "cuda")
-    model = stock.plain(tiny)
-    with torch.no_grad():
-        yard = session.Yardstick(model.double()(images[:2].double()), model.float()(images[:2]))
-        entry = session._prepare(job, provider, model, [images[:2]], yard)
+    work = session.Inference(Job("tiny", 2, "fp32", "cpu"), stock.plain(tiny), images)
+    with work.running():
+        work.reference()
+        entry = session._prepare(job, provider, work)
     assert entry.row.graph and entry.row.status == "wrong" and entry.call is None
 
 
