@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fused_resnet import backends
 from fused_resnet.ops import residual_aten, residual_launches
 from fused_resnet.ops.conv_bn_act import ACTIVATE
 from fused_resnet.ops.residual_parts import Branch, Kept, Parts, Stage
@@ -61,6 +62,7 @@ class _Branch(torch.autograd.Function):
         ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
         ctx.set_materialize_grads(False)
         ctx.spec, ctx.shared, ctx.adds = spec, shortcut is x, shortcut is not None
+        ctx.forced = backends.forced() if spec.launches else None  # on CUDA another thread runs backward
         if mask is None and spec.stages[-1].activation != "identity":
             mask = y
         ctx.layout = torch.contiguous_format if y.is_contiguous() else torch.channels_last  # of the mask's bits
@@ -86,8 +88,11 @@ class _Branch(torch.autograd.Function):
         if torch.is_grad_enabled():
             return None, *_twice(spec, dy, x, reads, mask, parts, needs, ctx.shared, ctx.adds)
         ctx.maybe_clear_saved_tensors()  # unless the graph is retained: what backward is done with is freed at once
-        way = residual_launches if spec.launches else residual_aten
-        return None, *way.backward(spec, dy, x, reads, mask, parts, kept, needs, ctx.shared, ctx.adds)
+        given_back = (spec, dy, x, reads, mask, parts, kept, needs, ctx.shared, ctx.adds)
+        if not spec.launches:
+            return None, *residual_aten.backward(*given_back)
+        with backends.use(ctx.forced):
+            return None, *residual_launches.backward(*given_back)
 
 
 # Function.apply without the binding of default arguments, which takes as long as a small convolution.
