@@ -5,6 +5,7 @@ PYTHON     ?= python3
 PYTHON_GPU ?= python3
 VENV       ?= .venv
 ARGS       ?=
+JOBS       ?= 2
 STAGE      ?= check
 BUDGET     ?= 540
 OUT        ?= benchmarks/results/h200
@@ -17,6 +18,7 @@ ZOOS       := torchvision timm
 ZOOS_NEEDS := pyyaml safetensors huggingface_hub
 # One thread a process: the small shapes of the tests are slower on two.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest
 
 .PHONY: help bench test gate lint gpu clean
 .DEFAULT_GOAL := help
@@ -29,11 +31,11 @@ bench: $(VENV)/.bench  ## time ResNet-50 and ResNet-18 on real photographs, besi
 	$(BIN)/fused-resnet bench $(ARGS)
 
 test: $(VENV)/.all  ## the tests of every room (12 minutes on 2 cores)
-	$(TEST_ENV) $(BIN)/python -m pytest tests --ignore=tests/gate --ignore=tests/gpu -m "not gate" $(ARGS)
+	$(PYTEST) -n $(JOBS) tests --ignore=tests/gate --ignore=tests/gpu -m "not gate" $(ARGS)
 
 gate: $(VENV)/.all  ## the compile gates and the larger sweeps (25 minutes on 2 cores)
-	$(TEST_ENV) $(BIN)/python -m pytest tests/gate $(ARGS)
-	$(TEST_ENV) $(BIN)/python -m pytest tests --ignore=tests/gate --ignore=tests/gpu -m gate $(ARGS)
+	$(PYTEST) tests/gate $(ARGS)
+	$(PYTEST) -n $(JOBS) tests --ignore=tests/gate --ignore=tests/gpu -m gate $(ARGS)
 
 lint: $(VENV)/.all  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
