@@ -65,6 +65,15 @@ def load(count: int, *, folder: str | Path | None = None, size: int = SIZE) -> t
     return (batch - mean) / std
 
 
+def read(path: Path, size: int) -> torch.Tensor:
+    """One picture, resized and cropped in its centre as `load` does it: [3, size, size] fp32 in 0 .. 1.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    return _crop(_read(path, round(size * RESIZE / SIZE)), size, 0)
+
+
 def _read(path: Path, short: int) -> torch.Tensor:
     """[3, H, W] in 0 .. 1, the shorter side `short`."""
     import numpy as np

@@ -55,8 +55,9 @@ class CifarResNet(models.CifarResNet):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-PLAIN = {ours.BasicBlock: BasicBlock, ours.Bottleneck: Bottleneck, models.ResNet: ResNet,
-         models.CifarResNet: CifarResNet}
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    ours.BasicBlock: BasicBlock, ours.Bottleneck: Bottleneck, models.ResNet: ResNet, models.CifarResNet: CifarResNet}
+OWN = {twin: own for own, twin in PLAIN.items()}
 
 
 def in_memory_format(model: nn.Module, memory_format: torch.memory_format) -> nn.Module:
@@ -77,3 +78,12 @@ def plain(model: nn.Module) -> nn.Module:
         elif type(module).__module__.startswith(("fused_resnet.nn", "fused_resnet.models")):
             raise ValueError(f"no plain twin for {name or 'the model'}, a {type(module).__name__}")
     return model
+
+
+def restored(model: nn.Module) -> nn.Module | None:
+    """A copy in which the classes that `plain` exchanged are ours again, or None where there is none."""
+    model = copy.deepcopy(model)
+    exchanged = [module for module in model.modules() if type(module) in OWN]
+    for module in exchanged:
+        module.__class__ = OWN[type(module)]
+    return model if exchanged else None

@@ -108,11 +108,11 @@ def _file(path: Path, name: str) -> nn.Module:
     return model
 
 
-def load_weights(model: nn.Module, file: Path) -> None:
-    """Loads a state dict, plain or inside a checkpoint, into `model`.
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """A state dict, plain or inside a checkpoint, on the CPU.
 
     Raises:
-        ValueError: the file cannot be read, holds no state dict, or its keys or shapes do not fit.
+        ValueError: the file cannot be read, or holds no state dict.
     """
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
@@ -123,7 +123,24 @@ def load_weights(model: nn.Module, file: Path) -> None:
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"{file} holds no state dict")
-    state = {key.removeprefix("module."): value for key, value in state.items()}
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def load_weights(model: nn.Module, file: Path, *, besides: str | None = None) -> None:
+    """Loads a state dict, plain or inside a checkpoint, into `model`.
+
+    Args:
+        besides: name of a module that keeps its own weights where the file's have other shapes: a new classifier.
+
+    Raises:
+        ValueError: the file cannot be read, holds no state dict, or its keys or shapes do not fit.
+    """
+    state, own = read_weights(file), model.state_dict()
+    if besides is not None:
+        kept = {key for key in own if key.startswith(f"{besides}.")}
+        if any(key not in state or state[key].shape != own[key].shape for key in kept):
+            state = {key: value for key, value in state.items() if not key.startswith(f"{besides}.")}
+            state |= {key: own[key] for key in kept}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
