@@ -8,6 +8,7 @@ Everything else stays a call of the live module.
 
 from __future__ import annotations
 
+import collections
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,7 @@ class Route:
         self.module, self.mode, self.names = module, mode, captured.names
         self.inlined, self.called = ([module.get_submodule(n) for n in names]
                                      for names in (captured.inlined, captured.called))
-        self._build(graph, chains(found, lookup), opaque, prefix)
+        self._build(graph, chains(graph, found, lookup), opaque, prefix)
         self.opaque = [s.target for s in self.steps if s.opaque]
 
     def arm(self) -> None:
@@ -158,9 +159,12 @@ class Route:
                           else values[slot.at])
 
 
-def chains(found: list[match.Match], lookup: match.Lookup) -> list[Chain]:
+def chains(graph: fx.Graph, found: list[match.Match], lookup: match.Lookup) -> list[Chain]:
     """Groups matches: each is followed by the one that alone reads its result, and takes the projection at its end."""
-    able = {m.last: m for m in found if m.norm is not None and not m.prologue and _activation(m, lookup) is not None}
+    # Branches run where their last node stands: statistics of a norm with two places would move in another order.
+    places = collections.Counter(id(lookup(node)) for node in graph.nodes if node.op == "call_module")
+    able = {m.last: m for m in found if m.norm is not None and places[id(lookup(m.norm))] == 1 and not m.prologue
+            and _activation(m, lookup) is not None}
     taken: set[int] = set()
     made: list[Chain] = []
     for end in reversed(list(able.values())):

@@ -20,6 +20,8 @@ from fused_resnet import backends
 ACTIVATIONS: dict[Any, str] = {nn.Identity: "identity", nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu",
                                nn.Hardswish: "hardswish"}
 TENSORS = (torch.Tensor, nn.Parameter)
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)  # which in eval mode are the same
+GLOBAL_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 
 
 class _State(threading.local):
@@ -34,8 +36,8 @@ state = _State()
 
 
 def is_norm(module: nn.Module) -> bool:
-    """BatchNorm2d, or a FrozenBatchNorm2d as torchvision and detectron2 write it."""
-    return type(module) is nn.BatchNorm2d or is_frozen(module)
+    """BatchNorm2d, SyncBatchNorm, or a FrozenBatchNorm2d as torchvision and detectron2 write it."""
+    return type(module) in NORMS or is_frozen(module)
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -91,7 +93,7 @@ def ambient(tensors: Iterable[Any], parameters: Callable[[], Iterable[torch.Tens
         return "a dispatch or function mode, a functorch transform or forward-mode AD is active"
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return "TorchScript or ONNX export traces the stock modules"
-    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+    if any(getattr(nn.modules.module, f"_global_{hooks}_hooks") for hooks in GLOBAL_HOOKS):
         return "global module hooks are registered"
     return None if backends.enabled() else "FUSED_RESNET_DISABLE is set"
 
@@ -138,7 +140,7 @@ def norm_blocked(norm: nn.Module) -> str | None:
         return f"the norm is a {type(norm).__name__}"
     if hooked(norm):
         return "a hook is registered on the norm"
-    if type(norm) is nn.BatchNorm2d and norm.training:
+    if type(norm) in NORMS and norm.training:
         return TRAINING
     if norm._buffers.get("running_mean") is None or norm._buffers.get("running_var") is None:
         return "the norm keeps no running statistics: it normalises with those of the batch"

@@ -18,8 +18,6 @@ from fused_resnet.numerics import NAMES
 from fused_resnet.ops import residual_branch, residual_launches
 from fused_resnet.ops.residual_parts import ACTIVATIONS, Branch, Parts, Stage
 
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-
 
 class Unit(NamedTuple):
     """A convolution, the norm behind it and the activation's name; the last one's follows the add."""
@@ -81,7 +79,7 @@ def blocked(unit: Unit) -> str | None:
     if reason is not None:
         return reason
     norm = unit.norm
-    if type(norm) not in NORMS and not guards.is_frozen(norm):
+    if not guards.is_norm(norm):
         return f"the norm is a {type(norm).__name__}"
     if guards.hooked(norm):
         return "a hook is registered on the norm"
@@ -99,7 +97,8 @@ def run(x: torch.Tensor, units: Sequence[Unit], shortcut: torch.Tensor | None = 
         units: the main path.
         shortcut: tensor to add before the last activation, or the projection's input.
         projection: convolution and norm of the shortcut.
-        recompute: save little for backward and make the rest again; None does so on a GPU.
+        recompute: save little for backward and make the rest again; None does so where our launches run on a GPU, which
+            save the time for it.
         group: process group that all norms take their statistics over.
     """
     device = "cpu" if x.is_cpu else x.device.type
@@ -125,9 +124,9 @@ def run(x: torch.Tensor, units: Sequence[Unit], shortcut: torch.Tensor | None = 
         x = x.to(dtype)
         shortcut = x if same else shortcut if shortcut is None else shortcut.to(dtype)
         parts, stages = zip(*(_stage(unit, dtype) for unit in every), strict=True)
+        launches = group is not None or _launches(x, stages[0], parts[0])
         spec = Branch(stages[:len(units)], stages[-1] if projection is not None else None,
-                      not x.is_cpu if recompute is None else recompute,
-                      group is not None or _launches(x, stages[0], parts[0]), group)
+                      launches and x.is_cuda if recompute is None else recompute, launches, group)
         return residual_branch.run(spec, x, shortcut, list(parts))
 
 

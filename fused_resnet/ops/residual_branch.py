@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from fused_resnet import backends
-from fused_resnet.ops import residual_aten, residual_launches
+from fused_resnet.ops import bits, residual_aten, residual_launches
 from fused_resnet.ops.conv_bn_act import ACTIVATE
 from fused_resnet.ops.residual_parts import Branch, Kept, Parts, Stage
 
@@ -83,10 +83,10 @@ class _Branch(torch.autograd.Function):
         parts, kept = _split(tensors[:given], Parts), _split(tensors[given:], Kept)
         del tensors
         needs = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled() or _mapped(dy):
+            return None, *_twice(spec, dy, x, reads, mask, ctx.layout, parts, needs, ctx.shared, ctx.adds)
         if mask is not None and mask.dtype is torch.uint8:
             dy = dy.contiguous(memory_format=ctx.layout)
-        if torch.is_grad_enabled():
-            return None, *_twice(spec, dy, x, reads, mask, parts, needs, ctx.shared, ctx.adds)
         ctx.maybe_clear_saved_tensors()  # unless the graph is retained: what backward is done with is freed at once
         given_back = (spec, dy, x, reads, mask, parts, kept, needs, ctx.shared, ctx.adds)
         if not spec.launches:
@@ -95,13 +95,19 @@ class _Branch(torch.autograd.Function):
             return None, *residual_launches.backward(*given_back)
 
 
+def _mapped(t: torch.Tensor) -> bool:
+    """Whether `t` stands for many: under vmap, or by is_grads_batched."""
+    return (torch._C._functorch.peek_interpreter_stack() is not None or torch._C._functorch.is_legacy_batchedtensor(t))
+
+
 # Function.apply without the binding of default arguments, which takes as long as a small convolution.
 _apply = super(torch.autograd.Function, _Branch).apply
 
 
 def _twice(spec: Branch, dy: torch.Tensor, x: torch.Tensor, reads: torch.Tensor | None, mask: torch.Tensor | None,
-           parts: list[Parts], needs: tuple[bool, ...], shared: bool, adds: bool) -> list[Any]:
-    """Gradients that can be differentiated: of the stock operators, run again on the saved operands.
+           layout: torch.memory_format, parts: list[Parts], needs: tuple[bool, ...], shared: bool,
+           adds: bool) -> list[Any]:
+    """Gradients that can be differentiated or mapped: of the stock operators, run again on the saved operands.
 
     The shortcut's tensor is not saved; activations that the output tells are linear between their kinks, so the
     mask of the first run stands for them.
@@ -114,20 +120,28 @@ def _twice(spec: Branch, dy: torch.Tensor, x: torch.Tensor, reads: torch.Tensor 
         running = (None, None) if stage.batch else (part.running_mean, part.running_var)
         return F.batch_norm(u, *running, part.gamma, part.beta, stage.batch, 0.0, stage.eps)  # type: ignore[arg-type]
 
-    z = x
-    for i, (stage, part) in enumerate(zip(spec.stages, parts, strict=False)):
-        z = norm(residual_aten.convolve(z, stage, part), stage, part)
-        if i + 1 < len(spec.stages):
-            z = ACTIVATE[stage.activation](z)
-    other = 0 if shared else 1
-    if spec.projection is not None:
-        source = x if shared else reads
-        z = z + norm(residual_aten.convolve(source, spec.projection, parts[-1]),  # type: ignore[arg-type]
-                     spec.projection, parts[-1])
-    dz = residual_aten.before_activation(dy, mask, spec.stages[-1].activation)
+    with torch.enable_grad():
+        z = x
+        for i, (stage, part) in enumerate(zip(spec.stages, parts, strict=False)):
+            z = norm(residual_aten.convolve(z, stage, part), stage, part)
+            if i + 1 < len(spec.stages):
+                z = ACTIVATE[stage.activation](z)
+        other = 0 if shared else 1
+        if spec.projection is not None:
+            source = x if shared else reads
+            z = z + norm(residual_aten.convolve(source, spec.projection, parts[-1]),  # type: ignore[arg-type]
+                         spec.projection, parts[-1])
+    if mask is None:
+        dz = dy
+    elif mask.dtype is torch.uint8:
+        like = torch.empty(z.shape, dtype=torch.bool, device=z.device, memory_format=layout)
+        dz = torch.where(bits.unpack(mask, like), dy, torch.zeros((), dtype=dy.dtype, device=dy.device))
+    else:
+        dz = residual_aten.before_activation(dy, mask.detach(), spec.stages[-1].activation)
     given: list[Any] = [x, reads, *(t for part in parts for t in part)]
     wanted = [i for i, need in enumerate(needs) if need and given[i] is not None]
-    found = torch.autograd.grad(z, [given[i] for i in wanted], dz, create_graph=True, allow_unused=True)
+    found = torch.autograd.grad(z, [given[i] for i in wanted], dz, create_graph=torch.is_grad_enabled(),
+                                allow_unused=True)
     grads: list[Any] = [None] * len(needs)
     for i, grad in zip(wanted, found, strict=True):
         grads[i] = grad
