@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from rich.table import Table
 from torch import nn
 
 from fused_resnet import fusing, timing
-from fused_resnet.bench import steps
+from fused_resnet.bench.steps import saved_bytes
 from fused_resnet.bench.stock import in_memory_format
+from fused_resnet.bench.training import Step
 from fused_resnet.cli.processes import Processes
-from fused_resnet.cli.recipe import Recipe
+from fused_resnet.cli.recipe import AMP, Recipe
 from fused_resnet.cli.trainer import Trainer, predict
 
 TIMED = 256  # images in a timed batch
@@ -100,15 +102,20 @@ def training(nets: dict[str, nn.Module], trainers: dict[str, Trainer], recipe: R
     """
     stock, fused = (trainers[way].curve for way in ("stock", "fused"))
     apart = [abs(a - b) for a, b in zip(stock.loss, fused.loss, strict=True)]
-    step = Trainer(nets["fused"], trainers["fused"].data, recipe, here)
-    images, labels = step.batches(0)[0]
-    for net in nets.values():
-        net.train()
-    cost, speedup = steps.costs(nets, lambda net: step.loss(net, images, labels), here.device.split(":")[0], SECONDS)
+    batch = Trainer(nets["fused"], trainers["fused"].data, recipe, here).batches(0)[0]
+    calls = {way: Step(net.train(), AMP.get(recipe.amp or "")) for way, net in nets.items()}
+    kind = torch.device(here.device).type
+    samples = timing.measure(calls, {way: [batch] for way in calls}, device=kind, budget=SECONDS)  # type: ignore[arg-type]
+    cost = {}
+    for way, call in calls.items():
+        with timing.PeakMemory(kind) as peak:
+            call(batch)
+        cost[way] = {"ms": statistics.median(samples[way]), "peak_mb": peak.mb if kind == "cuda" else None,
+                     "saved_mb": saved_bytes(functools.partial(call.loss, batch), call.model) / 2**20}
     return {"equal_steps": sum(a == 0 for a in apart), "steps": len(apart), "largest_difference": max(apart),
             "mean_difference": statistics.fmean(apart), "accuracy": {"stock": stock.accuracy[-1],
                                                                      "fused": fused.accuracy[-1]},
-            "step": {name: asdict(c) for name, c in cost.items()}, "step_speedup": speedup}
+            "step": cost, "step_speedup": timing.paired_ratio(samples["stock"], samples["fused"])}
 
 
 def table(o: Outcome) -> Table:

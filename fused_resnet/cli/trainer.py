@@ -97,7 +97,8 @@ class Trainer:
             return self.batches(self.done)
         number, future = self._ahead or (-1, None)
         found = future.result() if future is not None and number == self.done else self.batches(self.done)
-        self._ahead = self.done + 1, self._thread.submit(self.batches, self.done + 1)
+        if self.done + 1 < self.epochs * self.steps:
+            self._ahead = self.done + 1, self._thread.submit(self.batches, self.done + 1)
         return found
 
     def loss(self, net: nn.Module, images: torch.Tensor, labels: torch.Tensor, mix: float = 1.0) -> torch.Tensor:
