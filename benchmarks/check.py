@@ -13,14 +13,16 @@ from typing import Any
 import torch
 
 import fused_resnet as fr
-from benchmarks import sanitize
+from benchmarks import sanitize, steps
 from benchmarks.layers import DTYPES, KERNELS, Rows, kernel, key, network, offered, stock
-from benchmarks.models import stock_model
+from benchmarks.models import photographs, stock_model
 from benchmarks.sheet import ROOT, Job, describe
 from benchmarks.ways import kind_of
 from fused_resnet import backends, numerics
-from fused_resnet.bench import pictures
+from fused_resnet.bench import pictures, providers, training
+from fused_resnet.bench import session as sessions
 from fused_resnet.bench.session import precision
+from fused_resnet.judge import Judge
 from fused_resnet.problem import ConvOperands, ConvProblem
 from fused_resnet.testing import cases, inputs
 from fused_resnet.testing.memory import guarded, poisoned
@@ -101,6 +103,38 @@ def check_network(name: str, dtype: str, layout: str, backend: str | None) -> Ro
            "detail": str(verdict)}
 
 
+def check_step(launch: steps.Launch) -> Rows:
+    """A launch of a training step: right against fp64, nothing left unwritten, and the same bits twice."""
+    family, problem = launch.family, launch.problem
+    module = backends.kernels(family, problem).get("triton")
+    if module is None:
+        yield {"backend": "triton", "status": "refused",
+               "detail": dict(backends.explain(problem, family)).get("triton") or "no kernel"}
+        return
+    with torch.no_grad(), precision(problem.dtype):
+        operands = steps.operands(launch)
+        with poisoned():
+            first = module.forward(problem, operands)
+        second = module.forward(problem, operands)
+        bounds = Judge(backends.reference(family), problem, operands, steps.depth(family, problem))(first)
+    first, second = ((r,) if isinstance(r, torch.Tensor) else r for r in (first, second))
+    same = all(a is b or torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True))
+    faults = [str(bound) for bound in bounds if not bound.ok] + ([] if same else ["two runs differ"])
+    yield {"backend": "triton", "status": "wrong" if faults else "ok", "detail": "; ".join(faults),
+           "rel_error": max(bound.error.rel for bound in bounds)}
+
+
+def check_gradients(name: str, batch: int, dtype: str, provider: str, device: str = "cuda") -> Rows:
+    """The loss and all gradients of a fused network's first training step against fp64."""
+    job = sessions.Job(name, batch, dtype, device, "training")
+    work = training.Training(job, stock_model(name), photographs(max(16, batch)))
+    with work.running():
+        work.reference()
+        step, inputs = work.build(providers.TRAINING[provider])
+        bound = work.judge(step, inputs[0])
+    yield {"status": "ok" if bound.ok else "wrong", "rel_error": bound.error.rel, "detail": str(bound)}
+
+
 def run_tests() -> Rows:
     """pytest over tests/gpu, in a process of its own; the catalogue is left out, because this stage runs it itself."""
     command = [sys.executable, "-m", "pytest", "-q", "tests/gpu", "-k", "not test_the_catalogue", "-p",
@@ -161,6 +195,25 @@ def kind_jobs(arch: int) -> list[Job]:
     return jobs
 
 
+def step_jobs() -> list[Job]:
+    """The launches of training steps, forward and backward, and the gradients of whole networks."""
+    jobs, seen = [], set()
+    for (name, value), dtype in itertools.product((("resnet50", 7.75), ("resnet18", 6.4), ("resnext50_32x4d", 6.3)),
+                                                  DTYPES):
+        for launch in steps.network(name, device="cuda", dtype=dtype, N=4):
+            if (what := launch._replace(count=1)) not in seen:
+                seen.add(what)
+                jobs.append(Job(steps.key(launch, name, "fused_triton"), functools.partial(check_step, launch),
+                                value - 1.4 * DTYPES.index(dtype), SECONDS["triton"]))
+    for name, dtype, provider in itertools.product(("resnet50", "resnet18", "resnext50_32x4d"), ("bf16", "fp32"),
+                                                   ("fused_triton", "fused")):
+        job = sessions.Job(name, 16, dtype, "cuda", "training")
+        jobs.append(Job({"level": "model", "problem": None, "provider": provider, "autocast": job.autocast,
+                         **asdict(job)}, functools.partial(check_gradients, name, 16, dtype, provider),
+                        7.6 if (name, dtype) == ("resnet50", "bf16") else 6.3, 4))
+    return jobs
+
+
 def report(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Lines: what the tests, the networks and the sanitizer said, then everything that is wrong or failed."""
     shown = [row for row in rows if row["level"] != "layer" or row["status"] in ("wrong", "failed")]
@@ -182,4 +235,4 @@ def jobs(arch: int) -> list[Job]:
         problem = on_gpu(problem, dtype)
         rest.append(Job(key(problem, "NaN and Inf", f"fused_{backend}"),
                         functools.partial(check_not_finite, problem, backend), 6.45, 0.2))
-    return [*layer_jobs(), *kind_jobs(arch), *rest]
+    return [*layer_jobs(), *kind_jobs(arch), *step_jobs(), *rest]

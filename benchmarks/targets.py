@@ -1,4 +1,4 @@
-"""What the kernels are meant to reach on one H200, 224x224 pixels, bf16 inference, and what they fell short of."""
+"""What the kernels are meant to reach on one H200, 224x224 pixels, bf16, and what they fell short of."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import Any
 CUDNN = re.compile(r"cudnn|fprop|convolve|winograd|nchwToNhwc|nhwcToNchw|implicit_gemm", re.I)
 IMAGES, LATENCY, OVER_EAGER, OVER_COMPILE, FOREIGN = (
     "images/s", "ms", "x eager channels_last", "x the best torch.compile", "kernels of cuDNN")
-AT_MOST = (LATENCY, FOREIGN)
+OVER_STOCK, MEMORY, LARGEST_BATCH = (
+    "x the best of eager channels_last and torch.compile", "x the peak memory of eager", "x the largest batch of eager")
+AT_MOST = (LATENCY, FOREIGN, MEMORY)
+LARGEST = "largest batch"  # the "problem" of a row that took the largest batch that fits
 Row = Mapping[str, Any]
 
 
@@ -25,17 +28,24 @@ class Target:
     value: float
     provider: str = ""
     graph: bool | None = None  # None: with or without
+    mode: str = "inference"
 
     def __str__(self) -> str:
-        who = " ".join(filter(None, (self.provider or "fused", "graph" if self.graph else "")))
+        who = " ".join(filter(None, (self.provider or "fused", "graph" if self.graph else "",
+                                     self.mode if self.mode == "training" else "")))
         return f"{self.model} batch {self.batch}, {who}: {'<=' if self.figure in AT_MOST else '>='} {self.value:g} " \
                f"{self.figure}"
 
     def found(self, rows: Sequence[Row]) -> float | None:
         """The figure of the fastest row that the target speaks of; None where it was not measured."""
-        wanted = ("model", "ok", self.model, self.batch, "bf16", "inference")
+        wanted = ("model", "ok", self.model, "bf16", self.mode)
         rows = [r for r in rows if r.get("ms_p50")
-                and tuple(r.get(k) for k in ("level", "status", "model", "batch", "dtype", "mode")) == wanted]
+                and tuple(r.get(k) for k in ("level", "status", "model", "dtype", "mode")) == wanted]
+        if self.figure == LARGEST_BATCH:
+            most = {r["provider"]: r["batch"] for r in rows if r.get("problem") == LARGEST}
+            ours = max((n for name, n in most.items() if name.startswith("fused")), default=None)
+            return None if ours is None or "eager" not in most else ours / most["eager"]
+        rows = [r for r in rows if r["batch"] == self.batch and r.get("problem") != LARGEST]
         ours = _fastest([r for r in rows if (r["provider"] == self.provider if self.provider else
                                              r["provider"].startswith("fused"))
                          and self.graph in (None, r["graph"])])
@@ -46,8 +56,12 @@ class Target:
         if self.figure == FOREIGN:
             names = ours.get("kernels")
             return None if names is None else float(sum(n for name, n in names.items() if CUDNN.search(name)))
-        peers = [r for r in rows if (r["provider"] == "eager_channels_last" if self.figure == OVER_EAGER else
-                                     r["provider"].startswith(("compile", "inductor")))]
+        if self.figure == MEMORY:
+            peer = next((r for r in rows if r["provider"] == "eager" and r.get("peak_mem_mb")), None)
+            return None if peer is None or not ours.get("peak_mem_mb") else ours["peak_mem_mb"] / peer["peak_mem_mb"]
+        who = {OVER_EAGER: ("eager_channels_last",), OVER_COMPILE: ("compile", "inductor"),
+               OVER_STOCK: ("eager_channels_last", "compile")}[self.figure]
+        peers = [r for r in rows if r["provider"].startswith(who)]
         peer = _fastest(peers)
         return None if peer is None else peer["ms_p50"] / ours["ms_p50"]
 
@@ -61,6 +75,8 @@ TARGETS = (
     Target("resnet50", 256, FOREIGN, 0, "fused_triton"), Target("resnet18", 256, IMAGES, 85_000),
     Target("resnet34", 256, IMAGES, 44_000), Target("resnext50_32x4d", 128, OVER_EAGER, 3.0),
     Target("resnet50", 1, LATENCY, 0.20, graph=True),
+    Target("resnet50", 256, OVER_STOCK, 1.25, mode="training"), Target("resnet50", 256, IMAGES, 6_000, mode="training"),
+    Target("resnet50", 256, MEMORY, 0.6, mode="training"), Target("resnet50", 256, LARGEST_BATCH, 1.6, mode="training"),
 )
 
 

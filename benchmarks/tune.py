@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import ground
+from benchmarks import ground, steps
 from benchmarks.layers import Rows, family, key, network, operands, rated, searched
 from benchmarks.sheet import Job
 from benchmarks.ways import PROVIDERS, promising, proven
@@ -31,6 +31,10 @@ SETS = (("resnet50", 256, "bf16", 6.0), ("resnet18", 256, "bf16", 6.0), ("resnet
         ("resnet50", 256, "fp16", 4.0), ("resnet50", 256, "tf32", 4.0), ("resnet18", 32, "bf16", 4.0),
         ("resnext50_32x4d", 1, "bf16", 3.0))
 
+# The launches of a training step: (network, batch, dtype, tiles of a launch, seconds), after the first sets above.
+TRAINING = (("resnet50", 256, "bf16", 6, 8.0),)
+TRAINING_VALUE = 34.95
+
 
 def tune_one(problem: ConvProblem, tiles: Sequence[Any], seconds: float, avoid: Sequence[dict[str, Any]] = ()) -> Rows:
     """Stock, cuDNN and `tiles` in the same rounds, with the share of the roofline; the fastest gets "winner"."""
@@ -46,6 +50,21 @@ def tune_one(problem: ConvProblem, tiles: Sequence[Any], seconds: float, avoid: 
         rows = tuner.measure(family(problem), problem, given, left, ways=ways)
     for row in rows:
         yield {"provider": PROVIDERS.get(row["backend"], row["backend"]), "launches": None, **rated(problem, row)}
+
+
+def tune_step(launch: steps.Launch, most: int, seconds: float, avoid: Sequence[dict[str, Any]] = ()) -> Rows:
+    """Stock and the first `most` tiles of a training launch in the same rounds; the fastest gets "winner"."""
+    end, family_, problem = time.monotonic() + seconds, launch.family, launch.problem
+    with torch.no_grad(), precision(problem.dtype), searched():
+        given, ways = steps.operands(launch), list[tuner.Candidate]()
+        for way in tuner.candidates(family_, problem)[:1 + most]:
+            late = time.monotonic() > end - (1 - PROVING) * seconds and any(w.tile for w in ways)
+            if not late and (yield from proven(way, problem, given, avoid)):
+                ways.append(way)
+        rows = tuner.measure(family_, problem, given, max(0.3 * seconds, end - time.monotonic()), ways=ways)
+    for row in rows:
+        bandwidth = launch.bytes / row["ms_p50"] / 1e6 if row.get("ms_p50") else None
+        yield {"provider": PROVIDERS.get(row["backend"], row["backend"]), "launches": None, "gbytes": bandwidth, **row}
 
 
 def candidates(problem: ConvProblem, arch: int) -> list[Any]:
@@ -72,17 +91,33 @@ def jobs(arch: int) -> list[Job]:
                 found.append(Job(key(problem, name, graph=True), functools.partial(tune_one, problem, tiles, seconds),
                                  50 - 5 * rank + weight, seconds, tuple((problem, tile) for tile in tiles),
                                  patience=60 + seconds, resumable=True))
-    return [*ground.jobs(arch), *found]
+    return [*ground.jobs(arch), *found, *step_jobs()]
+
+
+def step_launches() -> list[tuple[str, steps.Launch, int, float]]:
+    """(network, launch, tiles, seconds) of the training steps to tune, those that move most first."""
+    return [(name, launch, most, seconds) for name, batch, dtype, most, seconds in TRAINING
+            for launch in sorted(steps.network(name, device="cuda", dtype=dtype, N=batch),
+                                 key=lambda launch: -launch.count * launch.bytes)]
+
+
+def step_jobs() -> list[Job]:
+    """The launches of training steps, the costliest first."""
+    launches = step_launches()
+    return [Job(steps.key(launch, name, graph=True), functools.partial(tune_step, launch, most, seconds),
+                TRAINING_VALUE - place / len(launches), seconds, patience=60 + seconds, resumable=True)
+            for place, (name, launch, most, seconds) in enumerate(launches)]
 
 
 def learn(rows: Sequence[dict[str, Any]]) -> int:
     """Puts the winners into the user's cache, where the chooser looks; returns how many there were."""
-    problems = {p.id: p for name, batch, dtype, _ in SETS for p, _ in layers(name, batch, dtype)}
+    problems = {p.id: (family(p), p) for name, batch, dtype, _ in SETS for p, _ in layers(name, batch, dtype)}
+    for name, launch, _, _ in step_launches():
+        problems[steps.key(launch, name)["problem"]] = launch.family, launch.problem
     winners = [row for row in rows if row.get("winner") and row.get("level") == "layer" and row["problem"] in problems]
     for row in winners:
-        problem = problems[row["problem"]]
         choice = {name: row[name] for name in ("backend", "tile", "ms_p50", "vs_stock")}
-        backends.adopt(family(problem), problem, choice)
+        backends.adopt(*problems[row["problem"]], choice)
     backends.reset()
     return len(winners)
 
@@ -114,7 +149,18 @@ def report(rows: Sequence[dict[str, Any]]) -> list[str]:
                          f"best {best['ms_p50']:.4f} {share:4.0%}; triton {_ms(ours)} cudnn {_ms(cudnn)} "
                          f"stock {_ms(stock)}; {tuner.name_of(best)}")
         lines += _totals(rows, found, batch)
-    return lines
+    return [*lines, *_steps(rows)]
+
+
+def _steps(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each launch of a training step that was measured: its winner beside stock."""
+    lines = []
+    for name, launch, _, _ in step_launches():
+        wanted = steps.key(launch, name)["problem"]
+        found = [r for r in rows if r.get("problem") == wanted and r.get("ms_p50") and r.get("winner")]
+        lines += [f"  {wanted:78} x{launch.count} {row['ms_p50']:.4f} ms {row['vs_stock']:.2f} x stock, "
+                  f"{row['gbytes']:.0f} GB/s; {tuner.name_of(row)}" for row in found]
+    return [f"training, {len(lines)} launches", *lines] if lines else []
 
 
 def _ms(row: dict[str, Any] | None) -> str:
