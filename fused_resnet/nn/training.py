@@ -6,6 +6,7 @@ is counted and when. What does not fit runs module by module, with stock's resul
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -103,7 +104,8 @@ def run(x: torch.Tensor, units: Sequence[Unit], shortcut: torch.Tensor | None = 
     """
     device = "cpu" if x.is_cpu else x.device.type
     dtype = x.dtype
-    if torch.is_autocast_enabled(device) and dtype is not torch.float64:
+    casts = torch.is_autocast_enabled(device)
+    if casts and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(device)
     every = [*units, *([projection] if projection is not None else [])]
     group, fits = _group(every, x, group)
@@ -119,7 +121,7 @@ def run(x: torch.Tensor, units: Sequence[Unit], shortcut: torch.Tensor | None = 
             return None
     elif shortcut is not None and (shortcut.shape != shape or shortcut.dtype is not dtype):
         return None
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(device, enabled=False) if casts else contextlib.nullcontext():
         same = shortcut is x
         x = x.to(dtype)
         shortcut = x if same else shortcut if shortcut is None else shortcut.to(dtype)
