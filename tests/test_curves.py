@@ -15,7 +15,7 @@ from torch import nn
 pytest.importorskip("sklearn")
 pytest.importorskip("typer")
 
-from fused_resnet import models
+from fused_resnet import backends, models
 from fused_resnet import nn as ours
 from fused_resnet.bench import curves
 from fused_resnet.bench.stock import plain
@@ -89,6 +89,26 @@ def test_eight_steps_in_fp64_equal_stock(model, recompute):
 def test_the_default_plan_takes_stocks_steps_to_the_last_bit():
     recipe = replace(CURVE, limit=256, epochs=1)
     assert curve(recipe, "fused") == curve(recipe, "stock")
+
+
+@pytest.mark.gate
+@pytest.mark.skipif(backends.available()["triton"] is not None, reason="Triton cannot run here")
+def test_our_kernels_take_stocks_steps():
+    """Forward, backward and evaluation of a network on the Triton kernels, in the interpreter where there is no GPU."""
+    recipe = replace(CURVE, batch=8, limit=64, epochs=1, recompute=True)
+    stock, fused = (trainer(recipe, way) for way in ("stock", "fused"))
+    with backends.use("triton"):
+        for made in (stock, fused):
+            made.train_mode()
+            made.step()
+            made.step()
+            made.read()
+        assert fused.curve.loss == pytest.approx(stock.curve.loss, rel=1e-5)
+        for (name, p), q in zip(fused.net.named_parameters(), stock.net.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=name)
+        images = fused.data.test_x[:8]
+        with torch.no_grad():
+            torch.testing.assert_close(fused.net.eval()(images), stock.net.eval()(images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gate
