@@ -84,7 +84,7 @@ class Attribute:
         self.owner, self.name, self.out = owner, name, out
         self.frees: tuple[int, ...] = ()
 
-    def run(self, values: list, tidy: bool, finite: bool) -> Any:
+    def run(self, values: list, tidy: bool, finite: bool = True) -> Any:
         return getattr(self.owner, self.name)
 
 
