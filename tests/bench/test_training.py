@@ -1,6 +1,8 @@
 """Training steps: gradients are compared before anything is timed; bytes kept for backward are counted."""
 
 import copy
+import threading
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 
 import fused_resnet as fr
 from benchmarks import tables
-from fused_resnet import models, numerics, timing
+from fused_resnet import backends, models, numerics, timing
 from fused_resnet import nn as ours
 from fused_resnet.bench import providers, results, session, stock
 from fused_resnet.bench.providers import TRAINING, Provider
@@ -108,6 +110,30 @@ def test_a_step_is_that_of_stock_and_moves_the_weights(tiny, images):
     for a, b, start in zip(step.model.parameters(), twin.model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
         assert not torch.equal(a, start)
+
+
+def test_a_forced_backend_runs_backward_too_whatever_thread_it_is_in(tiny, monkeypatch):
+    """On CUDA autograd has a thread of its own for backward, and what is forced is forced for one thread."""
+    small = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    work = Training(Job("tiny", 2, "fp32", "cpu", "training"), stock.plain(tiny), small)
+    ran, choose = Counter(), backends.choose
+
+    def watched(family, problem):
+        choice = choose(family, problem)
+        ran[family, choice.name] += 1
+        return choice
+
+    with work.running():
+        work.reference()
+        step, inputs = work.build(TRAINING["fused_triton"])
+        assert (bound := work.judge(step, inputs[0])).ok, bound
+        loss = step.loss(inputs[0])
+        monkeypatch.setattr(backends, "choose", watched)
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+    assert {name for _, name in ran} == {"triton"}
+    assert {family for family, _ in ran} >= {"bn_act_sums", "bn_act_grad", "conv_dgrad", "conv_wgrad"}
 
 
 def test_providers_of_training_and_their_reasons():
