@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -111,31 +112,36 @@ class Run:
         if not resume:
             checkpoints.protect(list(files.values()))
         trainers: dict[str, Trainer] = {}
-        with console.progress(len(self.ways), self.quiet) as show, checkpoints.caught() as signal:
-            for index, way in enumerate(self.ways):
-                trainer, path = trainers.setdefault(way, self.trainer(way)), files.get(way)
-                if resume and path is not None and path.exists():
-                    checkpoints.resume(path, trainer, way)
-                elif not trainer.epochs and index:
-                    trainer.epochs = trainers[self.ways[0]].epochs
-                elif not trainer.epochs:
-                    trainer.pace(budget / len(self.ways))
-
-                def save(trainer: Trainer = trainer, way: str = way, path: Path | None = path) -> None:
-                    if path is not None and self.who.leads:
-                        checkpoints.write(path, trainer, way)
-
-                def say(what: str, share: float, index: int = index, way: str = way) -> None:
-                    show(f"{way}: {what}", index + SHOWN * share)
-
-                trainer.run(save=save, signal=signal, tell=say)
+        with console.progress(len(self.ways), self.quiet) as show:
+            with checkpoints.caught() as signal:
+                for way in self.ways:
+                    trainers[way] = self.trainer(way, files.get(way) if resume else None)
+                    if not trainers[way].epochs and len(trainers) > 1:
+                        trainers[way].epochs = trainers[self.ways[0]].epochs
+                    elif not trainers[way].epochs:
+                        trainers[way].pace(budget / len(self.ways))
+                    self.fit(way, trainers[way], files.get(way), signal, show)
             show("evaluate, fuse, compare", len(self.ways) - 1 + SHOWN)
             found = self.found(trainers) if self.who.leads else None
         self.who.wait()
         return 0 if found is None else self.tell(found, trainers, as_json)
 
-    def trainer(self, way: str) -> Trainer:
-        return Trainer(variant(self.recipe, self.data, way, self.who), self.data, self.recipe, self.who)
+    def trainer(self, way: str, file: Path | None) -> Trainer:
+        """Of a new network, or where the run that wrote `file` was."""
+        made = Trainer(variant(self.recipe, self.data, way, self.who), self.data, self.recipe, self.who)
+        if file is not None and file.exists():
+            checkpoints.resume(file, made, way)
+        return made
+
+    def fit(self, way: str, trainer: Trainer, file: Path | None, signal: Callable[[], int],
+            show: Callable[[str, float], None]) -> None:
+        """Trains to the end, with a checkpoint after every epoch."""
+        def save() -> None:
+            if file is not None and self.who.leads:
+                checkpoints.write(file, trainer, way)
+
+        before = self.ways.index(way)
+        trainer.run(save=save, signal=signal, tell=lambda what, share: show(f"{way}: {what}", before + SHOWN * share))
 
     def found(self, trainers: dict[str, Trainer]) -> outcome.Outcome:
         """The last run's network beside its fused form, and both runs beside each other where there are two."""
