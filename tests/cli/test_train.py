@@ -104,7 +104,7 @@ def test_both_ways_take_the_same_steps(run, tmp_path, recompute):
     assert {"checkpoint.pt", "checkpoint.stock.pt", "curves.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
-LONG = [*SMALL, "--epochs", "6", "--erase", "0.3", "--flip"]
+LONG = [*SMALL, "--epochs", "12", "--erase", "0.3", "--flip"]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_nothing_is_lost_by_a_kill(run, uninterrupted, tmp_path, number):
 
 def goes_on(run, uninterrupted, folder):
     """The unfinished run in `folder` is not begun anew, and ends as the uninterrupted one."""
-    assert 4 < checkpoint(folder)["trainer"]["done"] < 48, "the signal came too late to test anything"
+    assert 4 < checkpoint(folder)["trainer"]["done"] < 96, "the signal came too late to test anything"
     code, _, err = run(*LONG, "--out", folder)
     assert code == 2 and "is of an unfinished run" in err
     assert run(*LONG, "--out", folder, "--resume", "-q")[0] == 0
@@ -157,8 +157,27 @@ def test_ctrl_c_in_the_middle_of_an_epoch_keeps_the_steps(run, uninterrupted, tm
     goes_on(run, uninterrupted, tmp_path)
 
 
-def trainer(recipe, data=None):
-    data = data or datasets.load(recipe.data, recipe.size).limited(recipe.limit)
+def test_both_runs_go_on_from_the_second(run, tmp_path, monkeypatch):
+    assert run(*QUICK, "--both", "--out", tmp_path / "whole")[0] == 0
+    step, taken = Trainer.step, []
+
+    def interrupted(self):
+        taken.append(self)
+        if len(taken) == 16 + 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(self)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    assert run(*QUICK, "--both", "--out", tmp_path / "cut")[0] == 128 + signal.SIGTERM
+    assert checkpoint(tmp_path / "cut", "checkpoint.stock.pt")["finished"]
+    assert checkpoint(tmp_path / "cut")["trainer"]["done"] == 5
+    assert run(*QUICK, "--both", "--out", tmp_path / "cut", "--resume")[0] == 0
+    assert len(taken) == 16 + 5 + 11, "no step is taken twice"
+    assert record(tmp_path / "cut")["curves"] == record(tmp_path / "whole")["curves"]
+
+
+def trainer(recipe):
+    data = datasets.load(recipe.data, recipe.size).limited(recipe.limit)
     made = Trainer(build(recipe, data), data, recipe, Processes(0, 1, "cpu"))
     made.epochs = recipe.epochs or 1
     return made
