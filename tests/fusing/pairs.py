@@ -86,8 +86,16 @@ def close(a, b, tolerance, what=""):
     assert worst <= tolerance * max(scale, 1.0), f"{what}: {worst} beside {scale}"
 
 
+def agreed(fused):
+    """No plan and no route was dropped, at its first call, because it disagreed with stock."""
+    for name, plan in plans(fused).items():
+        dropped = [plan.broken, *(route for route in plan.routes.values() if "disagreed" in str(route))]
+        assert not any(dropped), f"{name}: {dropped}"
+
+
 def same_state(stock, fused, tolerance=1e-10):
-    """Parameters, their gradients and buffers are equal."""
+    """Parameters, their gradients and buffers are equal, and `fused` did not have to be put right."""
+    agreed(fused)
     for (name, p), (other, q) in zip(stock.named_parameters(), fused.named_parameters(), strict=True):
         assert name == other
         close(q, p, tolerance, name)
@@ -117,6 +125,7 @@ def same_step(stock, fused, x, tolerance=1e-10, **options):
 
 def trains(fused, x, branches=None, **call):
     """Asserts that a call of `fused` records branches, as many as wanted. Leaves buffers as they were."""
+    agreed(fused)
     before = [b.clone() for b in fused.buffers()]
     found = nodes(fused(x, **call))[BRANCH]
     with torch.no_grad():

@@ -222,8 +222,9 @@ class Random(nn.Module):
         return F.dropout(self.drop(x), 0.1, self.training)
 
 
-@pytest.mark.parametrize("make", [Random, Gate, lambda: nn.Sequential(Block(), Counted(), Gate()),
-                                  lambda: nn.Sequential(Counted(), nn.Dropout(0.5), Block(project=True), Counted())])
+@pytest.mark.parametrize("make", [Random, Gate, lambda: nn.Sequential(Block(), nn.ReLU(), Counted(), Gate()),
+                                  lambda: nn.Sequential(nn.ReLU(), Counted(), nn.Dropout(0.5), Block(project=True),
+                                                        nn.ReLU(), Counted())])
 def test_random_numbers_are_stocks_from_the_first_call_on(make):
     stock, fused = pair(randomize(make()).double())
     for mode in (True, True, False, True):

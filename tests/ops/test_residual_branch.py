@@ -63,6 +63,10 @@ def blocks(dtype=torch.float64):
         part(6, 5, dtype=dtype), part(5, 7, dtype=dtype), part(6, 7, 1, dtype=dtype)], "input")
     made["grouped-relu6"] = ([stage(1, activation="relu6"), stage(3, groups=2, activation="relu6"), stage(1)], None, [
         part(6, 4, 1, dtype=dtype), part(4, 4, 3, dtype=dtype, groups=2), part(4, 6, 1, dtype=dtype)], "x")
+    with torch.no_grad():
+        for name in ("alone-relu6", "grouped-relu6"):
+            for p in made[name][2]:
+                p.gamma.mul_(12)  # so that values are held at 6
     fixed = stage(1, batch=False, activation="identity")
     made["frozen-inside"] = ([stage(1), stage(3, batch=False), stage(1)], fixed, [
         part(6, 4, 1, dtype=dtype), part(4, 4, 3, dtype=dtype, bias=True, affine=False), part(4, 6, 1, dtype=dtype),
