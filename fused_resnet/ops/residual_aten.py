@@ -51,15 +51,8 @@ def _again(u: torch.Tensor, stage: Stage, part: Parts, kept: Kept) -> torch.Tens
                      stage.activation)
 
 
-def _masked(grad: torch.Tensor, y: torch.Tensor, activation: str) -> torch.Tensor:
-    """The gradient before an activation, from its output. NaN passes, as in stock."""
-    if activation == "relu":
-        return _threshold_backward(grad, y, 0)
-    return torch.ops.aten.hardtanh_backward(grad, y, 0.0, 6.0) if activation == "relu6" else grad
-
-
 def _mask(grad: torch.Tensor, y: torch.Tensor, activation: str) -> torch.Tensor:
-    """The same in place: `grad` is fresh."""
+    """The gradient before an activation, from its output, in place: `grad` is fresh."""
     if activation == "relu":
         return _threshold_backward_into(grad, y, 0, grad_input=grad)
     if activation == "relu6":
@@ -100,17 +93,18 @@ def forward(spec: Branch, x: torch.Tensor, shortcut: torch.Tensor | None,
         z += shortcut
     activation = spec.stages[-1].activation
     y = _activate(z, activation)
-    # After the activation: what stands at its bounds was held back or gains nothing from passing.
-    mask = bits.pack(passes(y, activation)) if spec.recompute and activation != "identity" else None
-    return y, mask, kept
+    # Stock's ReLU keeps its output, which therefore may serve as the mask; its ReLU6 does not, and readers of that one
+    # may write over it. Bits come from the output: what stands at its bounds was held back, or gains nothing.
+    bitwise = activation == "relu6" or spec.recompute and activation == "relu"
+    return y, bits.pack(passes(y, activation)) if bitwise else None, kept
 
 
-def before_activation(dy: torch.Tensor, mask: torch.Tensor | None, activation: str) -> torch.Tensor:
-    """dz from dy; `mask` is bits or y."""
+def before_activation(dy: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """dz from dy; `mask` is bits, or the y of a ReLU, or None where all gradients pass. NaN passes, as in stock."""
     if mask is not None and mask.dtype is torch.uint8:
         # Not torch.where, which took 3.7 ms for a million elements where this took 0.5 (one core, torch 2.13).
         return _threshold_backward(dy, bits.unpack(mask, dy).to(dy.dtype), 0)
-    return dy if mask is None else _masked(dy, mask, activation)
+    return dy if mask is None else _threshold_backward(dy, mask, 0)
 
 
 def backward(spec: Branch, dy: torch.Tensor, x: torch.Tensor, reads: torch.Tensor | None, mask: torch.Tensor | None,
@@ -119,14 +113,14 @@ def backward(spec: Branch, dy: torch.Tensor, x: torch.Tensor, reads: torch.Tenso
 
     Args:
         reads: the projection's input where it is not x.
-        mask: bits of y's mask, or y, or None.
+        mask: see `before_activation`.
         kept: emptied on the way, so that what was used is freed.
         needs: for x, for the shortcut, then for every tensor of `parts`.
         shared: the shortcut is x.
         adds: there is a shortcut.
     """
     grads: list[Any] = [None] * len(needs)
-    dz: torch.Tensor | None = before_activation(dy, mask, spec.stages[-1].activation)
+    dz: torch.Tensor | None = before_activation(dy, mask)
     own, other = 0, 0 if shared else 1  # places of the two gradients
     joins = None
     if spec.projection is not None:

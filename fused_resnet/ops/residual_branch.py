@@ -137,7 +137,7 @@ def _twice(spec: Branch, dy: torch.Tensor, x: torch.Tensor, reads: torch.Tensor 
         like = torch.empty(z.shape, dtype=torch.bool, device=z.device, memory_format=layout)
         dz = torch.where(bits.unpack(mask, like), dy, torch.zeros((), dtype=dy.dtype, device=dy.device))
     else:
-        dz = residual_aten.before_activation(dy, mask.detach(), spec.stages[-1].activation)
+        dz = residual_aten.before_activation(dy, mask.detach())
     given: list[Any] = [x, reads, *(t for part in parts for t in part)]
     wanted = [i for i, need in enumerate(needs) if need and given[i] is not None]
     found = torch.autograd.grad(z, [given[i] for i in wanted], dz, create_graph=torch.is_grad_enabled(),

@@ -9,7 +9,8 @@ from torch import nn
 
 import fused_resnet as fr
 from fused_resnet.fusing import plans
-from tests.fusing.helpers import agree, counts
+from tests.fusing.helpers import agree, counts, same_strides
+from tests.fusing.pairs import BRANCH, close, loss_of, nodes, same_state, tensors
 from tests.nets import randomize
 
 C, SIZE = 8, 9
@@ -171,3 +172,57 @@ def test_random_networks_agree():
 @pytest.mark.parametrize("batch", range(10))
 def test_many_random_networks_agree(batch):
     sweep(range(1000 + 200 * batch, 1200 + 200 * batch))
+
+
+def step(net, given):
+    """(results, their graph's branches, gradient of the input) of a forward and backward, or the error's class."""
+    torch.manual_seed(7)
+    x = given.clone().requires_grad_()
+    try:
+        out = net(x * 1)  # no leaf, so that it may be written over
+        loss = loss_of(out)
+        if isinstance(loss, torch.Tensor):
+            loss.backward()
+    except RuntimeError as error:  # such as a value that was written over before its gradient was taken
+        return type(error)
+    return out, nodes(out)[BRANCH], x.grad
+
+
+def compare_training(seed):
+    """Steps of a random network in training mode beside stock's; how many branches ran, or None without a verdict."""
+    stock, source = network(seed)
+    stock, branches = stock.double().train(), 0
+    fused = fr.fuse(stock, recompute=bool(seed % 2))
+    for size in (SIZE, SIZE, 4):
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(3, C, size, size, dtype=torch.float64).contiguous(memory_format=memory_format)
+            theirs, mine = step(stock, x), step(fused, x)
+            if isinstance(theirs, type):
+                return None  # nothing to compare with; where bits stand for y, its memory may be written over
+            try:
+                assert not isinstance(mine, type), mine
+                same_strides(mine[0], theirs[0])
+                for a, b in zip(tensors(mine[0]), tensors(theirs[0]), strict=True):
+                    close(a, b, 1e-9, "output")
+                close(mine[2], theirs[2], 1e-8, "gradient of the input")
+                same_state(stock, fused, 1e-8)
+            except Exception as error:
+                raise AssertionError(f"seed {seed}\n{source}\n{fr.report(fused)}") from error
+            branches = max(branches, mine[1])
+    return branches
+
+
+def sweep_training(seeds):
+    results = [compare_training(seed) for seed in seeds]
+    judged = [n for n in results if n is not None]
+    assert len(judged) >= len(results) // 2 and sum(n > 0 for n in judged) >= len(results) // 4, results
+
+
+def test_random_networks_train():
+    sweep_training(range(60))
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("batch", range(10))
+def test_many_random_networks_train(batch):
+    sweep_training(range(4000 + 100 * batch, 4100 + 100 * batch))

@@ -8,6 +8,7 @@ import torch
 
 from tests.fusing import pairs
 from tests.fusing import test_training_autograd as autograd
+from tests.fusing import test_training_loops as loops
 from tests.fusing import test_training_norms as norms
 from tests.nn import test_training as modules
 from tests.ops import test_residual_branch as branch
@@ -40,8 +41,8 @@ FAULTS = {
                                            modes("nothing")),
     "an inner activation passes all gradients": (ATEN, "            dz = _mask(dz, source,",
                                                  "            _mask(dz.clone(), source,", modes("nothing")),
-    "the last activation passes all gradients": (ATEN, "return dy if mask is None else _masked(dy, mask, activation)",
-                                                 "return dy", modes("nothing")),
+    "the last activation passes all gradients": (ATEN, "dy if mask is None else _threshold_backward(dy, mask, 0)",
+                                                 "dy", modes("nothing")),
     "the bits are those of zeros, too": (ATEN, "bits.pack(passes(y, activation))", "bits.pack(y >= 0)",
                                          modes("nothing", True)),
     "what is made again has another eps": (ATEN, ".sub_(stage.eps)", "", modes("nothing", True)),
@@ -49,8 +50,11 @@ FAULTS = {
                                             "        return z\n    return F.hardtanh_(z, 0.0, 6.0) if",
                                             modes("nothing", True)),
     "the shortcut is added twice": (ATEN, "        z += shortcut\n", "        z += 2 * shortcut\n", modes("nothing")),
-    "ReLU6 is taken for ReLU": (ATEN, "torch.ops.aten.hardtanh_backward(grad, y, 0.0, 6.0)",
-                                "_threshold_backward(grad, y, 0)", gradients("alone-relu6")),
+    "ReLU6 is taken for ReLU": (ATEN, "torch.ops.aten.hardtanh_backward.grad_input(grad, y, 0.0, 6.0,",
+                                "torch.ops.aten.hardtanh_backward.grad_input(grad, y, 0.0, 60.0,",
+                                gradients("grouped-relu6")),
+    "ReLU6 keeps what its reader may write over": (ATEN, 'bitwise = activation == "relu6" or spec', "bitwise = spec",
+                                                   lambda: loops.test_results_that_stock_lets_be_written_over("ReLU6")),
     "a mask is read in another layout": (FAMILY, "torch.contiguous_format if y.is_contiguous() else ", "",
                                          modes("nothing", True)),
     "gradients of gradients forget the mask": (FAMILY, "    if mask is None:\n        dz = dy\n",

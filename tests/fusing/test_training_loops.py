@@ -277,3 +277,22 @@ def test_threads_train_models_of_their_own():
     assert set(results.values()) == {BRANCHES}
     for stock, fused in models:
         same_state(stock, fused)
+
+
+@pytest.mark.parametrize("activation", ["ReLU6", "Identity"])
+def test_results_that_stock_lets_be_written_over(activation):
+    for inplace in (False, True):
+        act = getattr(nn, activation)() if activation == "Identity" else getattr(nn, activation)(inplace=inplace)
+        stock = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), act, nn.LeakyReLU(0.1, inplace=True))
+        stock, fused = pair(stock.double())
+        for _ in range(2):
+            same_step(stock, fused, 9 * X)
+        trains(fused, X, 1)
+
+
+def test_results_that_must_not_be_written_over_are_an_error_as_in_stock():
+    for model in pair(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).double()):
+        out = model(X)
+        out.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
