@@ -143,10 +143,12 @@ def legal(tile: Tile, problem: ConvProblem, arch: int) -> str | None:
     sums = tile.BLOCK_M * tile.BLOCK_N // (32 * tile.num_warps)
     if sums > 128:
         return f"{sums} sums in the registers of one thread, more than 128"
-    swapped = tile.SWAP and arch_class(arch) == 90
-    if tile.kernel == "gemm" and problem.device == "cuda" and sums > 64 and not swapped and (
-            problem.prologue or (problem.residual and tile.SPLIT_K == 1)):
-        return f"{sums} sums of a thread beside a residual or a prologue spill registers"
+    if tile.kernel == "gemm" and problem.device == "cuda":
+        residual = problem.residual and tile.SPLIT_K == 1
+        if sums > 64 and (problem.prologue or residual):
+            return f"{sums} sums of a thread beside a residual or a prologue spill registers"
+        if tile.BLOCK_M > 128 and problem.prologue and residual:
+            return f"the addresses of {tile.BLOCK_M} pixels beside a residual and a prologue spill registers"
     if tile.SPLIT_K != 1 and (tile.kernel not in ("gemm", *TMA) or not 1 <= tile.SPLIT_K <= tile.steps(problem)):
         return f"SPLIT_K={tile.SPLIT_K} of {tile.steps(problem)} steps of the kernel {tile.kernel}"
     if tile.SWAP and problem.prologue:
