@@ -50,13 +50,18 @@ NETS = {
     "detectron": (lambda: sequential(DetectronBlock(8), DetectronBlock(8)), 3, 13),
     "mobilenet_v2": (lambda: tv.mobilenet_v2(num_classes=7, width_mult=0.35), None, 64),
     "densenet": (lambda: tv.DenseNet(8, (2, 2), 8, num_classes=7), None, 33),
+    "timm_resnetv2": (lambda: timm.create_model("resnetv2_18", num_classes=7), 0, 64),  # norms of timm's own class
+    "regnet": (lambda: tv.regnet_y_400mf(num_classes=7), 33, 64),
     "googlenet": (lambda: tv.googlenet(num_classes=7, aux_logits=True, init_weights=False), None, 64),
     "detectron_conv": (lambda: nn.Sequential(DetectronConv(3, 8, 3, norm=nn.BatchNorm2d(8), activation=nn.ReLU()),
                                              DetectronBlock(8)), None, 13),
 }
 # The smaller ones cover what these do.
 LARGE = {"resnext", "dilated", "zero_init", "resnet50", "wide_resnet50", "timm_resnet18", "timm_resnet26t",
-         "timm_resnet50", "timm_seresnet50", "tutorial_resnet34", "ours_resnet18", "googlenet"}
+         "timm_resnet50", "timm_seresnet50", "tutorial_resnet34", "ours_resnet18", "googlenet", "timm_resnetv2",
+         "regnet"}
+# Batches of three images through many norms: what is made again differs in its last bits, and that grows step by step.
+GROWS = {"mobilenet_v2", "timm_seresnet50", "googlenet", "regnet"}
 CASES = [pytest.param(name, recompute, marks=pytest.mark.gate if name in LARGE or recompute and name == "resnet18"
                       else []) for name in NETS for recompute in (None, True)]
 
@@ -71,8 +76,7 @@ def test_eight_steps_in_fp64_are_those_of_stock(name, recompute):
     _, branches, size = NETS[name]
     stock, fused = pair(made(name), recompute=recompute)
     x = torch.randn(3, 3, size, size, dtype=torch.float64)
-    # Fifty norms one after the other with hardly any shortcut: rounding of 1e-16 grows from step to step.
-    train(stock, fused, x, tolerance=1e-8 if name == "mobilenet_v2" else 1e-10)
+    train(stock, fused, x, tolerance=1e-7 if recompute and name in GROWS else 1e-10)
     trains(fused, x, branches)
     assert not any(plan.broken for plan in plans(fused).values()) and not fr.report(fused).notes
 
