@@ -49,7 +49,8 @@ def fuse(model: nn.Module, *, inplace: bool = False, filter: Callable[[str, nn.M
             many seconds as given. The first calls take that long; later processes find the rows. `fused-resnet tune`
             does the same ahead, with more time.
         recompute: in training save little for backward (a bit for each element of a block's output, the inner
-            convolutions' outputs) and make the rest again; None does so where our launches run on a GPU.
+            convolutions' outputs) and make the rest again. False saves what stock saves. None trains on the stock
+            modules unless launches of ours are the choice; on a GPU these recompute.
 
     Returns:
         The fused model.

@@ -24,7 +24,7 @@ from fused_resnet.fusing import trial
 from fused_resnet.fusing.guards import Guards
 from fused_resnet.fusing.route import Route
 from fused_resnet.fusing.steps import Launch, Slot, fill_slots
-from fused_resnet.nn import executor
+from fused_resnet.nn import executor, training
 
 # How far a plan may be from stock before it is taken for wrong: rounding of a deep network stays far
 # below, a dropped or misplaced operation lands near 1.
@@ -99,6 +99,8 @@ class Plan:
         route = self.routes.get(self.module.training, NO_ROUTE)
         if isinstance(route, str):
             return None, route
+        if args and training.stock_wins(args[0], self.recompute):
+            return None, training.STOCK_WINS
         reason = route.refusal(args, kwargs) or self.mixed(args)
         return (route, None) if reason is None else (None, reason)
 

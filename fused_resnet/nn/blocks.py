@@ -51,7 +51,7 @@ def project(x: torch.Tensor, shortcut: nn.Module | None, group: Any = None) -> t
 class _Block(nn.Module):
     """What blocks share in training, where they are one residual branch (`nn.training`)."""
 
-    # Save little for backward and make the rest again; None does so where our launches run on a GPU.
+    # Save little for backward and make the rest again; False keeps all; None: the stock modules, or launches of ours.
     recompute: bool | None = None
     # torch.distributed group that the norms take the statistics of the batch over; None for this process alone.
     process_group: Any = None

@@ -37,6 +37,8 @@ def attempt(block: nn.Module, x: Any) -> torch.Tensor | None:
     branch = getattr(block, "branch", None)
     if branch is None or guards.ambient((x,), None) is not None:
         return None
+    if stock_wins(x, block.recompute, block.process_group):  # type: ignore[arg-type]
+        return None
     made, shortcut = branch()
     units = [_unit(*modules) for modules in made]
     if any(unit is None for unit in units):
@@ -98,10 +100,12 @@ def run(x: torch.Tensor, units: Sequence[Unit], shortcut: torch.Tensor | None = 
         units: the main path.
         shortcut: tensor to add before the last activation, or the projection's input.
         projection: convolution and norm of the shortcut.
-        recompute: save little for backward and make the rest again; None does so where our launches run on a GPU, which
-            save the time for it.
+        recompute: save little for backward and make the rest again. False saves what stock saves. None leaves the branch
+            to the stock modules unless launches of ours run it, and recomputes then on a GPU: those save the time for it.
         group: process group that all norms take their statistics over.
     """
+    if stock_wins(x, recompute, group):
+        return None
     device = "cpu" if x.is_cpu else x.device.type
     dtype = x.dtype
     casts = torch.is_autocast_enabled(device)
@@ -125,19 +129,30 @@ def run(x: torch.Tensor, units: Sequence[Unit], shortcut: torch.Tensor | None = 
         same = shortcut is x
         x = x.to(dtype)
         shortcut = x if same else shortcut if shortcut is None else shortcut.to(dtype)
+        launches = group is not None or _launches(x, units[0].conv)
+        if recompute is None and not launches:
+            return None
         parts, stages = zip(*(_stage(unit, dtype) for unit in every), strict=True)
-        launches = group is not None or _launches(x, stages[0], parts[0])
         spec = Branch(stages[:len(units)], stages[-1] if projection is not None else None,
-                      launches and x.is_cuda if recompute is None else recompute, launches, group)
+                      x.is_cuda if recompute is None else recompute, launches, group)
         return residual_branch.run(spec, x, shortcut, list(parts))
 
 
-def _launches(x: torch.Tensor, stage: Stage, part: Parts) -> bool:
+STOCK_WINS = ("in training the stock modules are the fastest on this device; fuse(model, recompute=True) makes branches that "
+              "save memory")
+
+
+def stock_wins(x: Any, recompute: bool | None, group: Any = None) -> bool:
+    """Whether a branch would be of the stock operators and save nothing: PyTorch's own autograd costs less host time."""
+    return recompute is None and group is None and isinstance(x, torch.Tensor) and x.is_cpu and (
+        not backends.interpreting())
+
+
+def _launches(x: torch.Tensor, conv: Any) -> bool:
     """Whether a kernel of ours is the choice for the first stage."""
     if x.is_cpu and not backends.interpreting():
         return False
-    problem = residual_launches.conv_problem(x, stage, part, "")
-    return backends.choose("conv_bn_stats", problem).name != "reference"
+    return backends.choose("conv_bn_stats", residual_launches.conv_problem(x, conv, conv, "")).name != "reference"
 
 
 def _shape(shape: tuple[int, ...] | None, unit: Unit, dtype: torch.dtype, x: torch.Tensor) -> tuple[int, ...] | None:

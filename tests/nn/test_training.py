@@ -44,11 +44,11 @@ class Chain(nn.Module):
             z = z + x
         return acts[self.names[-1]](z)
 
-    def fused(self, x, **options):
+    def fused(self, x, recompute=False, **options):
         units = [Unit(u["conv"], u["norm"], a) for u, a in zip(self.units, self.names, strict=True)]
         other = None if self.projection is None else Unit(self.projection["conv"], self.projection["norm"], "identity")
         assert all(training.blocked(u) is None for u in units)
-        return training.run(x, units, x if self.adds or other else None, other, **options)
+        return training.run(x, units, x if self.adds or other else None, other, recompute, **options)
 
 
 def image(c=4, dtype=torch.float32, n=3):
