@@ -100,8 +100,8 @@ def run(x: torch.Tensor, units: Sequence[Unit], shortcut: torch.Tensor | None = 
         units: the main path.
         shortcut: tensor to add before the last activation, or the projection's input.
         projection: convolution and norm of the shortcut.
-        recompute: save little for backward and make the rest again. False saves what stock saves. None leaves the branch
-            to the stock modules unless launches of ours run it, and recomputes then on a GPU: those save the time for it.
+        recompute: save little for backward and make the rest again. False saves what stock saves. None leaves the
+            branch to the stock modules unless launches of ours run it; these recompute on a GPU, having saved the time.
         group: process group that all norms take their statistics over.
     """
     if stock_wins(x, recompute, group):
@@ -138,8 +138,8 @@ def run(x: torch.Tensor, units: Sequence[Unit], shortcut: torch.Tensor | None = 
         return residual_branch.run(spec, x, shortcut, list(parts))
 
 
-STOCK_WINS = ("in training the stock modules are the fastest on this device; fuse(model, recompute=True) makes branches that "
-              "save memory")
+STOCK_WINS = ("in training the stock modules are the fastest on this device; fuse(model, recompute=True) makes "
+              "branches that save memory")
 
 
 def stock_wins(x: Any, recompute: bool | None, group: Any = None) -> bool:

@@ -19,7 +19,7 @@ def fused(stock):
     return model
 
 
-@pytest.fixture(params=[None, True], ids=["default", "recompute"])
+@pytest.fixture(params=[False, True], ids=["keep", "recompute"])
 def models(request):
     """(stock, fused) in training mode and fp64."""
     return pair(net(), recompute=request.param)

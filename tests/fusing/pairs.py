@@ -38,10 +38,10 @@ class Counted(nn.Module):
         return self.conv(x)
 
 
-def pair(stock, **options):
-    """(stock, fused) in training mode with equal parameters."""
+def pair(stock, recompute=False, **options):
+    """(stock, fused) in training mode with equal parameters; branches also where stock's modules are as fast."""
     stock = stock.train()
-    return stock, fr.fuse(stock, **options)
+    return stock, fr.fuse(stock, recompute=recompute, **options)
 
 
 def tensors(out):

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import fused_resnet as fr
+from fused_resnet import backends
 from fused_resnet.fusing import plans
 from tests.fusing.helpers import agree, aside, both, same_strides, twice
 from tests.fusing.nets import Block, Net, X
@@ -17,7 +18,7 @@ from tests.nets import randomize
 
 def test_training_is_stock_bit_for_bit():
     stock = randomize(Net()).train()
-    fused = fr.fuse(stock)
+    fused = fr.fuse(stock, recompute=False)
     for step in range(3):
         losses = []
         for model in (stock, fused):
@@ -32,6 +33,18 @@ def test_training_is_stock_bit_for_bit():
         for (name, a), b in zip(stock.named_buffers(), fused.buffers(), strict=True):
             assert torch.equal(a, b), name
     assert not aside(fused) and not fr.report(fused).notes
+
+
+def test_by_default_a_cpu_trains_on_the_stock_modules_and_says_so(monkeypatch):
+    monkeypatch.setattr(backends, "interpreting", lambda: False)  # which makes kernels of ours possible here
+    stock = randomize(Net()).train()
+    fused = fr.fuse(stock)
+    for model in (stock, fused):
+        torch.manual_seed(0)
+        model(X).square().sum().backward()
+    for (name, a), b in zip(fused.named_parameters(), stock.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad), name
+    assert fr.report(fused).notes[0] == f"the model ran stock 1 times: {training.STOCK_WINS}"
 
 
 def test_train_mode_without_gradients(stock, fused):

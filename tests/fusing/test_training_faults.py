@@ -17,11 +17,11 @@ ATEN, FAMILY, NORMS = "ops.residual_aten", "ops.residual_branch", "nn.training"
 ROUTE, TRIAL, GUARDS = "fusing.route", "fusing.trial", "nn.guards"
 
 
-def modes(name, recompute=None):
+def modes(name, recompute=False):
     return lambda: norms.test_modes_and_frozen_parts(pairs.pair(pairs.net(), recompute=recompute), name, "midway")
 
 
-def of(test, *args, recompute=None):
+def of(test, *args, recompute=False):
     return lambda: test(pairs.pair(pairs.net(), recompute=recompute), *args)
 
 
