@@ -143,7 +143,7 @@ STOCK_WINS = ("in training the stock modules are the fastest on this device; fus
 
 
 def stock_wins(x: Any, recompute: bool | None, group: Any = None) -> bool:
-    """Whether a branch would be of the stock operators and save nothing: PyTorch's own autograd costs less host time."""
+    """Whether a branch would consist of stock's operators and save nothing: PyTorch's autograd costs less host time."""
     return recompute is None and group is None and isinstance(x, torch.Tensor) and x.is_cpu and (
         not backends.interpreting())
 

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize, prune
 import fused_resnet as fr
 from fused_resnet import backends
 from fused_resnet.fusing import plans
+from fused_resnet.nn import training
 from tests.fusing.helpers import agree, aside, both, same_strides, twice
 from tests.fusing.nets import Block, Net, X
 from tests.nets import randomize

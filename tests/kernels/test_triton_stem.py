@@ -105,7 +105,8 @@ def test_candidates_are_legal_distinct_and_begin_with_the_shipped_tile(dtype, ar
 @pytest.mark.parametrize(("tile", "arch", "reason"), [
     (Tile("gemm", 64, 64), 80, "no tile of the stem"), (Tile("stem", 24, 64), 80, "powers of two"),
     (Tile("stem", 32, 64, 0, 8), 90, "64 rows"), (Tile("stem", 64, 64, 0, 4), 90, "registers"),
-    (Tile("stem", 16, 64, 0, 4), 80, None), (Tile("stem", 64, 64, 0, 8, 3), 86, "bytes of shared memory"), (Tile("stem", 64, 64, 0, 8, 3), 90, None)])
+    (Tile("stem", 16, 64, 0, 4), 80, None), (Tile("stem", 64, 64, 0, 8, 3), 86, "bytes of shared memory"),
+    (Tile("stem", 64, 64, 0, 8, 3), 90, None)])
 def test_reasons(tile, arch, reason, device):
     problem = RESNET._replace(dtype="fp16", device=device)
     found = kernel.legal(tile, problem, arch)
