@@ -20,7 +20,7 @@ ZOOS_NEEDS := pyyaml safetensors huggingface_hub
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest
 
-.PHONY: help bench test gate lint gpu clean
+.PHONY: help bench test gate lint gpu native clean
 .DEFAULT_GOAL := help
 
 help:  ## show this text
@@ -48,8 +48,12 @@ gpu:  ## all that needs a GPU: STAGE=check|tune|bench|ground BUDGET=seconds OUT=
 		{ echo "make gpu needs a Python with PyTorch: make gpu PYTHON_GPU=..." >&2; exit 2; }
 	PYTHONPATH=. $(PYTHON_GPU) -u -m benchmarks.gpu --stage $(STAGE) --budget $(BUDGET) --out $(OUT) $(ARGS)
 
+native: $(VENV)/.bench  ## the native library with its CUDA part, which takes nvcc but no GPU; setup.py says what it does
+	FUSED_RESNET_CUDA=1 $(BIN)/python -m pip install --no-build-isolation --no-deps -v -e . 2>&1 | grep "fused_resnet: the"
+
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f fused_resnet/_C_*.so fused_resnet/_native.json
 	find fused_resnet tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first, because what stands beside it depends on the build: a CPU build gets constraints-cpu.txt.
@@ -57,13 +61,13 @@ $(VENV)/.torch: $(PINS)
 	@echo "set-up 1/3: torch in $(VENV)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) -c constraints.txt setuptools wheel torch
+	@$(PIP) -c constraints.txt setuptools wheel ninja torch
 	@if $(BIN)/python -W ignore -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then \
 		cat $(PINS) > $(VENV)/pins.txt; $(PIP) --no-deps -r constraints-cpu.txt; \
 	else cp constraints.txt $(VENV)/pins.txt; fi
 	@touch $@
 
-$(VENV)/.bench: $(VENV)/.torch pyproject.toml setup.py
+$(VENV)/.bench: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*/*)
 	@echo "set-up 2/3: the package, its command line, the peers and two model zoos"
 	@$(PIP) -c $(VENV)/pins.txt --no-build-isolation -e '.[cli,peers]' $(ZOOS_NEEDS)
 	@$(PIP) -c $(VENV)/pins.txt --no-deps $(ZOOS)

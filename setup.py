@@ -1,5 +1,120 @@
-"""Everything about the package stands in pyproject.toml; this file is here for the compiled sources."""
+"""Builds the libraries of csrc/, one for the CPU and one for CUDA; all else stands in pyproject.toml.
+
+    FUSED_RESNET_SKIP_CPP=1     pure Python
+    FUSED_RESNET_SKIP_CUDA=1    no CUDA part
+    FUSED_RESNET_CUDA=1         the CUDA part beside a CPU build of torch, too: it takes nvcc, but no GPU
+    FUSED_RESNET_CUDA_ARCHS     default "80;90a"
+
+What cannot be built is left out, with the reason: nothing here stops an installation.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
 
-setup()
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+CXX, ARCHS = os.environ.get("CXX", "c++"), os.environ.get("FUSED_RESNET_CUDA_ARCHS", "80;90a")
+# The ABI of torch 2.11, which every later one keeps; -isystem because torch's headers have warnings.
+STABLE = f"-std=c++20 -DNDEBUG -DTORCH_TARGET_VERSION=0x020b000000000000 -I{CSRC} -isystem $torch/include"
+CPP = f"{STABLE} -O2 -fPIC -fvisibility=hidden -Wall -Wextra"
+# No flag of -ffast-math that changes a result.
+LOOPS = f"-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -I{CSRC}"
+ISAS = {"baseline": ""} if platform.machine() != "x86_64" else {
+    "baseline": "", "avx2": "-march=x86-64-v3", "avx512": "-march=x86-64-v4 -mprefer-vector-width=512"}
+NVCC = f"{STABLE} -O3 -DUSE_CUDA -Xcompiler -fPIC,-fvisibility=hidden --threads 2"
+SOURCES = {"cpu": ("schemas.cpp", "cpu/bn_act.cpp", "cpu/conv.cpp"), "cuda": ("cuda/bn_act.cu", "cuda/conv.cu")}
+RULES = "".join(f"rule {name}\n  command = ${name} $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n"
+                for name in ("cpp", "nvcc")) + "rule link\n  command = $cpp -shared -o $out $in $flags"
+
+
+def tool(name):
+    return shutil.which(name) or shutil.which(name, path=Path(sys.executable).parent)
+
+
+def wanted(name):
+    return os.environ.get(f"FUSED_RESNET_{name}", "0") not in ("", "0")
+
+
+def decide():
+    """Part -> None where it is to be built, else the reason why not."""
+    if wanted("SKIP_CPP"):
+        return dict.fromkeys(SOURCES, "left out by FUSED_RESNET_SKIP_CPP")
+    if importlib.util.find_spec("torch") is None:
+        return dict.fromkeys(SOURCES, "torch was not there while building: use pip install --no-build-isolation")
+    if not tool(CXX) or not tool("ninja"):
+        return dict.fromkeys(SOURCES, f"{'ninja' if tool(CXX) else CXX} was not found while building")
+    import torch
+    cuda = ("left out by FUSED_RESNET_SKIP_CUDA" if wanted("SKIP_CUDA") else
+            "nvcc was not found while building" if not tool("nvcc") else
+            None if torch.version.cuda or wanted("CUDA") else
+            "this build of torch has no CUDA; FUSED_RESNET_CUDA=1 builds the part anyway")
+    return {"cpu": None, "cuda": cuda}
+
+
+def write_ninja(part, out, work):
+    """Writes to `work` how the part's library in `out` is made; returns the library."""
+    lines = [f"cpp = {CXX}", f"torch = {Path(importlib.util.find_spec('torch').origin).parent}", f"nvcc = {tool('nvcc')}", RULES]
+
+    def edge(name, rule, source, flags):
+        lines.append(f"build {name}: {rule} {source}\n  flags = {flags}")
+        return str(name)
+
+    cpp = CPP + "".join(f" -DFR_HAS_{isa.upper()}" for isa in ISAS)
+    nvcc = NVCC + "".join(f" -gencode arch=compute_{arch},code=sm_{arch}" for arch in ARCHS.split(";"))
+    objects = [edge(f"{source}.o", "cpp" if part == "cpu" else "nvcc", CSRC / source, cpp if part == "cpu" else nvcc)
+               for source in SOURCES[part]]
+    link = "-L$torch/lib -ltorch_cpu"
+    if part == "cpu":
+        objects += [edge(f"loops.{isa}.o", "cpp", CSRC / "cpu/loops.cpp", f"{LOOPS} -DFR_ISA={isa} {flags}")
+                    for isa, flags in ISAS.items()]
+    else:  # torch's own CUDA library need not be there: the stub has its name and the three symbols that are needed
+        stub = edge("stub.o", "cpp", CSRC / "cuda/stub.c", "-x c -fPIC")
+        objects.append(edge("libtorch_cuda.so", "link", stub, "-Wl,-soname,libtorch_cuda.so"))
+        runtime = next(Path(os.path.realpath(tool("nvcc"))).parents[1].rglob("libcudart_static.a"), None)
+        runtime = runtime or next(Path("/usr/local").glob("cuda*/targets/*/lib/libcudart_static.a"), Path("."))
+        link += f" -L{runtime.parent} -lcudart_static -ldl -lrt -lpthread"
+    library = edge(out / f"_C_{part}.so", "link", " ".join(objects), link)
+    (work / "build.ninja").write_text("\n".join(lines) + "\n")
+    return library
+
+
+def build(out, work):
+    """Builds what `decide` allows into `out`; prints and writes what came of each part."""
+    verdicts = decide()
+    for part, reason in verdicts.items():
+        (out / f"_C_{part}.so").unlink(missing_ok=True)
+        if reason is None:
+            (work / part).mkdir(parents=True, exist_ok=True)
+            library = write_ninja(part, out, work / part)
+            done = subprocess.run([tool("ninja"), "-C", work / part, library], stdout=subprocess.PIPE, text=True,
+                                  stderr=subprocess.STDOUT)
+            verdicts[part] = f"its build failed: {done.stdout[-3000:]}" if done.returncode else None
+        print(f"fused_resnet: the {part} part: {verdicts[part] or 'built'}", file=sys.stderr)
+    (out / "_native.json").write_text(json.dumps(verdicts, indent=1) + "\n")
+    return verdicts
+
+
+class Build(build_py):
+    def run(self):
+        super().run()
+        build((ROOT if self.editable_mode else Path(self.build_lib).resolve()) / "fused_resnet", ROOT / "build/native")
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self):  # the libraries know nothing of Python
+        self.root_is_pure = decide()["cpu"] is not None
+        return super().get_tag() if self.root_is_pure else ("py3", "none", super().get_tag()[2])
+
+
+if __name__ == "__main__":
+    setup(cmdclass={"build_py": Build, "bdist_wheel": Wheel})

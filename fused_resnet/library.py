@@ -17,6 +17,11 @@ NAMESPACE = "fused_resnet"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
+def register_fake(name: str, fake: Callable[..., Any]) -> None:
+    """Gives an operator of a compiled library, `fused_resnet::<name>`, its fake."""
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+
 def define_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any], reference: Callable[..., Any]) -> Any:
     """Defines `fused_resnet::<schema>` and returns its overload.
 

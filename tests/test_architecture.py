@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ ALLOWED = {
     "tuning": LEAVES,
     "backends": LEAVES | {"tuning"},
     "tuner": LEAVES | {"tuning", "backends"},
-    "kernels": {"problem", "tuning", "numerics"},
+    "native": LEAVES | {"tuning", "backends"},
+    "kernels": {"problem", "tuning", "numerics", "native"},
     "ops": BELOW_OPS,
     "functional": BELOW_OPS | {"ops"},
     "graphs": BELOW_OPS | {"kernels"},
@@ -35,7 +37,7 @@ ALLOWED = {
     "fusing": BELOW_FUSING,
     "testing": BELOW_TESTING | {"kernels"},
     "bench": BELOW_BENCH | {"__init__"},
-    "cli": BELOW_BENCH | {"bench", "__init__"},
+    "cli": BELOW_BENCH | {"bench", "native", "__init__"},
     "__main__": {"cli"},
     "__init__": BELOW_BENCH | {"bench"},
 }
@@ -121,6 +123,33 @@ def test_kernels_share_no_code_between_backends():
             foreign = {name for name in imports(file) if name.startswith("fused_resnet.kernels.")
                        and name.split(".")[2] in {"triton", "cpu", "cudnn", "cuda"} - {parts[1]}}
             assert not foreign, f"{file} imports {sorted(foreign)}"
+
+
+# Room of csrc/ -> the rooms that it may include; `testing` is never shipped.
+INCLUDES = {"common": {"common"}, "cpu": {"common", "cpu"}, "cuda": {"common", "cuda", "testing"},
+            "testing": {"common", "cuda", "testing"}}
+
+
+def included(path: Path) -> set[str]:
+    return set(re.findall(r'^#include [<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("folder", INCLUDES)
+def test_rooms_of_csrc_include_one_way(folder):
+    for path in sorted((ROOT / "csrc" / folder).iterdir()):
+        ours = {name for name in included(path) if (ROOT / "csrc" / name).exists()}
+        wrong = {name for name in ours if name.split("/")[0] not in INCLUDES[folder]}
+        assert not wrong, f"{path.name} ({folder}) may not include {sorted(wrong)}"
+        torch = {name for name in included(path) if name.startswith(("torch/", "ATen/", "c10/"))}
+        stable = ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/")
+        assert all(name.startswith(stable) for name in torch), f"{path.name} leaves the stable ABI: {sorted(torch)}"
+
+
+def test_what_runs_in_emulation_asks_the_gpu_through_one_header():
+    """Kernels (.cuh) hold no PTX and no CUDA of their own; loops.cpp no torch and nothing of the standard library."""
+    for path in sorted((ROOT / "csrc" / "cuda").glob("*.cuh")):
+        assert not re.search(r"\basm\b|__\w+__\b|threadIdx|blockIdx", path.read_text()), path.name
+    assert included(ROOT / "csrc/cpu/loops.cpp") == {"cpu/loops.h"}
 
 
 def test_the_package_declares_neither_a_torch_nor_a_triton_version():

@@ -10,12 +10,12 @@ import torch
 import typer
 
 import fused_resnet
-from fused_resnet import backends
+from fused_resnet import backends, native
 from fused_resnet.bench import providers, results
 from fused_resnet.cli import console
 from fused_resnet.tuning import Cache
 
-SETTINGS = ("BACKEND", "DISABLE", "SELF_CHECK", "CACHE_DIR")
+SETTINGS = ("BACKEND", "DISABLE", "SELF_CHECK", "CACHE_DIR", "SKIP_LOADING")
 
 
 def env(as_json: Annotated[bool, typer.Option("--json", help="as one JSON object")] = False) -> None:
@@ -44,6 +44,7 @@ def gather() -> dict[str, dict[str, object]]:
         "environment": machine,
         "packages": packages,
         "backends": {name: reason or "available" for name, reason in backends.available().items()},
+        "native library": {part: native.missing(part) or str(native.path_of(part)) for part in native.PARTS},
         "providers": {name: reason or "available" for name, reason in reasons.items()},
         "settings": {f"FUSED_RESNET_{name}": backends.setting(name) or None for name in SETTINGS},
         "cache": {"file": str(cache.path), "state": _state(cache)},

@@ -1,0 +1,179 @@
+// What every raw operator asks of its tensors, for the CPU and for CUDA, on the stable ABI.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/elements.h"
+#include "common/index.h"
+
+namespace fused_resnet {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+inline Activation activation_of(const std::string& name) {
+  constexpr const char* kNames[] = {"identity", "relu", "relu6", "silu", "hardswish"};
+  for (int i = 0; i < 5; ++i) {
+    if (name == kNames[i]) return static_cast<Activation>(i);
+  }
+  STD_TORCH_CHECK(false, "unknown activation '", name, "'");
+}
+
+// An activation whose gradient is a bit.
+inline Activation kink_of(const std::string& name) {
+  const Activation found = activation_of(name);
+  STD_TORCH_CHECK(found <= Activation::relu6, "activation '", name, "' has no mask");
+  return found;
+}
+
+// [N, C, H, W] in the order N, H, W, C without gaps.
+inline bool is_channels_last(const Tensor& t) {
+  if (t.dim() != 4) return false;
+  if (t.numel() == 0) return true;
+  int64_t step = 1;
+  for (int d : {1, 3, 2, 0}) {
+    if (t.size(d) != 1 && t.stride(d) != step) return false;
+    step *= t.size(d);
+  }
+  return true;
+}
+
+inline bool same_device(const Tensor& t, const Tensor& x) {
+  return t.is_cpu() == x.is_cpu() && t.is_cuda() == x.is_cuda() && t.get_device_index() == x.get_device_index();
+}
+
+// `t` is laid out as `x` is, element for element; x itself is checked, too.
+inline void check_image(const Tensor& t, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(is_channels_last(t), name, " must be dense in channels_last memory");
+  bool same = t.scalar_type() == x.scalar_type() && same_device(t, x);
+  for (int d = 0; d < 4; ++d) same = same && t.size(d) == x.size(d);
+  STD_TORCH_CHECK(same, name, " must have the shape, dtype and device of x");
+}
+
+inline void check_vector(const Maybe& v, int64_t size, const Tensor& x, const char* name) {
+  if (!v.has_value()) return;
+  STD_TORCH_CHECK(v->numel() == size && v->is_contiguous() && same_device(*v, x), name, " must be dense, of ", size,
+                  " elements, on the device of x");
+}
+
+inline void check_mask(const Maybe& mask, const Tensor& x) {
+  if (!mask.has_value()) return;
+  STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Byte && mask->is_contiguous() && same_device(*mask, x) &&
+                      mask->numel() == mask_bytes(x.numel()),
+                  "mask must be uint8 of ", mask_bytes(x.numel()), " bytes on the device of x");
+}
+
+inline void check_norm(const Tensor& x, const Maybe& gamma, const Maybe& beta, const Maybe& mean, const Maybe& var) {
+  check_vector(gamma, x.size(1), x, "gamma");
+  check_vector(beta, x.size(1), x, "beta");
+  check_vector(mean, x.size(1), x, "mean");
+  check_vector(var, x.size(1), x, "var");
+}
+
+inline void check_shortcut(const Tensor& x, const Maybe& residual, const Maybe& r_mean, const Maybe& r_var) {
+  if (residual.has_value()) check_image(*residual, x, "residual");
+  STD_TORCH_CHECK(r_mean.has_value() == r_var.has_value() && (residual.has_value() || !r_var.has_value()),
+                  "the norm of a residual needs the residual, its mean and its var");
+}
+
+inline Tensor make(const Sizes& sizes, ScalarType dtype, const Tensor& like, bool channels_last = false) {
+  std::optional<torch::headeronly::MemoryFormat> format;
+  if (channels_last) format = torch::headeronly::MemoryFormat::ChannelsLast;
+  return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt, format);
+}
+
+inline Tensor image_like(const Tensor& x) {
+  return make({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(), x, true);
+}
+
+// fp64 beside fp64, else fp32.
+inline ScalarType accumulator_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Calls `f` with a value of the element type of `x`.
+template <class F>
+void by_dtype(const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(bf16{});
+    case ScalarType::Half:
+      return f(fp16{});
+    default:
+      STD_TORCH_CHECK(false, "x must be fp32, fp64, bf16 or fp16");
+  }
+}
+
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+const T* data(const Maybe& t) {
+  return t.has_value() ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+
+template <class T>
+T* data_out(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+inline int32_t narrow_size(int64_t size, const char* name) {
+  STD_TORCH_CHECK(size >= 0 && size < (int64_t{1} << 30), name, " = ", size, " is out of range");
+  return static_cast<int32_t>(size);
+}
+
+// The sizes of a convolution, checked against each other.
+inline ConvShape conv_shape(const Tensor& x, const Tensor& weight, const Sizes& stride, const Sizes& padding,
+                            const Sizes& dilation, int64_t groups) {
+  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4, "x and weight must have four dimensions");
+  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type() && same_device(weight, x),
+                  "weight must have the dtype and device of x");
+  for (const Sizes* pair : {&stride, &padding, &dilation}) {
+    STD_TORCH_CHECK(pair->size() == 2, "stride, padding and dilation are pairs");
+  }
+  auto at = [](int64_t size) { return narrow_size(size, "a size"); };
+  ConvShape s{at(x.size(0)),
+              at(x.size(2)),
+              at(x.size(3)),
+              at(x.size(1)),
+              at(weight.size(0)),
+              at(weight.size(2)),
+              at(weight.size(3)),
+              0,
+              0,
+              at(stride[0]),
+              at(stride[1]),
+              at(padding[0]),
+              at(padding[1]),
+              at(dilation[0]),
+              at(dilation[1]),
+              at(groups)};
+  STD_TORCH_CHECK(s.stride_h > 0 && s.stride_w > 0 && s.dilation_h > 0 && s.dilation_w > 0 && s.groups > 0,
+                  "stride, dilation and groups must be positive");
+  STD_TORCH_CHECK(weight.size(1) * groups == s.C && s.K % s.groups == 0, "weight does not fit x and groups");
+  const int64_t high = s.H + 2 * int64_t{s.pad_h} - s.dilation_h * (s.R - int64_t{1}) - 1;
+  const int64_t wide = s.W + 2 * int64_t{s.pad_w} - s.dilation_w * (s.S - int64_t{1}) - 1;
+  STD_TORCH_CHECK(high >= 0 && wide >= 0, "the kernel is larger than the padded image");
+  s.P = at(high / s.stride_h + 1);
+  s.Q = at(wide / s.stride_w + 1);
+  return s;
+}
+
+}  // namespace fused_resnet

@@ -1,0 +1,25 @@
+// The raw operators: complete launches that need no Python, one schema for the CPU and for CUDA. The contracts are
+// those of the families of the same name in fused_resnet/ops. An absent result is an empty tensor.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet, m) {
+  m.def(
+      "_bn_act(Tensor x, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var, float eps, str activation, "
+      "Tensor? residual, Tensor? r_gamma, Tensor? r_beta, Tensor? r_mean, Tensor? r_var, float r_eps) -> "
+      "(Tensor y, Tensor mask)");
+  m.def(
+      "_bn_act_sums(Tensor dy, Tensor? mask, Tensor x, Tensor mean, Tensor var, float eps, Tensor? residual, "
+      "Tensor? r_mean, Tensor? r_var, float r_eps) -> Tensor");
+  m.def(
+      "_bn_act_grad(Tensor dy, Tensor? mask, Tensor x, Tensor? gamma, Tensor mean, Tensor var, float eps, "
+      "Tensor means, bool shortcut, Tensor? residual, Tensor? r_gamma, Tensor? r_mean, Tensor? r_var, float r_eps, "
+      "Tensor? r_means) -> (Tensor dx, Tensor dr)");
+  m.def(
+      "_conv_bn_act(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var, "
+      "Tensor? residual, Tensor? pre_gamma, Tensor? pre_beta, Tensor? pre_mean, Tensor? pre_var, float eps, "
+      "float pre_eps, str activation, str prologue, int[2] stride, int[2] padding, int[2] dilation, int groups) -> "
+      "Tensor");
+  m.def(
+      "_stem(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var, float eps, "
+      "str activation, int[2] stride, int[2] padding) -> Tensor");
+}

@@ -1,0 +1,111 @@
+"""The compiled libraries: raw operators `fused_resnet::_f` for programs without Python and for the kernels that call them.
+
+`csrc/` has a part for the CPU, which defines all schemas, and a part for CUDA. Each is one library on the stable ABI of
+libtorch 2.11, loaded when it is first asked for, never at import. FUSED_RESNET_SKIP_LOADING=1 leaves both out.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fused_resnet import backends
+from fused_resnet.library import register_fake
+
+PARTS = ("cpu", "cuda")
+FOLDER = Path(__file__).parent
+OLDEST_TORCH = (2, 11)
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def missing(part: str) -> str | None:
+    """Loads a part of the library when it is called first.
+
+    Args:
+        part: "cpu" or "cuda".
+
+    Returns:
+        None where the part's operators can be called, else the reason why not.
+    """
+    reason = _missing(part)
+    if reason is not None:
+        _log.info("the %s part of the native library is not there: %s", part, reason)
+    return reason
+
+
+def path_of(part: str) -> Path:
+    """Where the part's library is, if it was built."""
+    return FOLDER / f"_C_{part}.so"
+
+
+def _missing(part: str) -> str | None:
+    if backends.setting("SKIP_LOADING") not in ("", "0"):
+        return "FUSED_RESNET_SKIP_LOADING is set"
+    if tuple(int(number) for number in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        return f"the library needs torch 2.11 or newer, this is {torch.__version__}"
+    if part == "cuda" and torch.version.cuda is None:
+        return _verdict(part) or "built, but this build of torch has no CUDA"
+    if not path_of(part).exists():
+        return _verdict(part) or "it was not built"
+    if part == "cuda" and missing("cpu") is not None:
+        return f"the cpu part, which defines the operators, is not there: {missing('cpu')}"
+    try:
+        torch.ops.load_library(path_of(part))
+    except OSError as error:
+        return f"it cannot be loaded: {error}"
+    if part == "cpu":
+        for name, fake in FAKES.items():
+            register_fake(name, fake)
+    return None
+
+
+def _verdict(part: str) -> str | None:
+    """What the build said about a part."""
+    try:
+        verdicts = json.loads((FOLDER / "_native.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return verdicts.get(part) if isinstance(verdicts, dict) else None
+
+
+def _image(x: torch.Tensor, *shape: Any) -> torch.Tensor:
+    return torch.empty(shape or x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _fake_bn_act(x, gamma, beta, mean, var, eps, activation, *shortcut):
+    count = 0 if activation == "identity" else (x.numel() + 7) // 8
+    return _image(x), torch.empty(count, dtype=torch.uint8, device=x.device)
+
+
+def _fake_bn_act_sums(dy, mask, x, mean, var, eps, residual, r_mean, r_var, r_eps):
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.empty((2 if r_var is None else 3, x.shape[1]), dtype=dtype, device=x.device)
+
+
+def _fake_bn_act_grad(dy, mask, x, gamma, mean, var, eps, means, shortcut, *norm):
+    return _image(x), _image(x) if shortcut else torch.empty(0, dtype=x.dtype, device=x.device)
+
+
+def _output_size(x, weight, stride, padding, dilation=(1, 1)):
+    return [(x.shape[d] + 2 * padding[d - 2] - dilation[d - 2] * (weight.shape[d] - 1) - 1) // stride[d - 2] + 1
+            for d in (2, 3)]
+
+
+def _fake_conv_bn_act(x, weight, *rest):
+    stride, padding, dilation, _ = rest[-4:]
+    return _image(x, x.shape[0], weight.shape[0], *_output_size(x, weight, stride, padding, dilation))
+
+
+def _fake_stem(x, weight, *rest):
+    p, q = _output_size(x, weight, *rest[-2:])
+    return _image(x, x.shape[0], weight.shape[0], (p + 1) // 2, (q + 1) // 2)
+
+
+FAKES = {"_bn_act": _fake_bn_act, "_bn_act_sums": _fake_bn_act_sums, "_bn_act_grad": _fake_bn_act_grad,
+         "_conv_bn_act": _fake_conv_bn_act, "_stem": _fake_stem}

@@ -1,0 +1,61 @@
+"""What is made of csrc/ for the tests, once a session, in folders of their own."""
+
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_resnet import native
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+
+
+def module_from(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def setup_script():
+    """setup.py as a module."""
+    return module_from("fused_resnet_setup", ROOT / "setup.py")
+
+
+def compile_emulation(sources, target):
+    """Builds the test module from the csrc folder `sources`."""
+    pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed")
+    compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
+    includes = [f"-I{path}" for path in (sources, pybind11.get_include(), sysconfig.get_paths()["include"])]
+    subprocess.run([compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror",
+                    "-Wno-unknown-pragmas", *includes, sources / "testing/module.cpp", "-o", target], check=True)
+    return module_from("fused_resnet_testing", target)
+
+
+@pytest.fixture(scope="session")
+def emulation(tmp_path_factory):
+    """The module `fused_resnet_testing`: index arithmetic, and the GPU's kernels on the CPU."""
+    return compile_emulation(CSRC, tmp_path_factory.mktemp("emulation") / "fused_resnet_testing.so")
+
+
+@pytest.fixture(scope="session")
+def library(setup_script, tmp_path_factory):
+    """The CPU part, built from this tree and loaded; an operator that is there already was loaded by an earlier test."""
+    folder = tmp_path_factory.mktemp("native")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUSED_RESNET_SKIP_CUDA", "1")
+        reason = setup_script.build(folder, folder / "work")["cpu"]
+    if reason is not None and "build failed" not in reason:
+        pytest.skip(reason)
+    assert reason is None, reason
+    if not hasattr(torch.ops.fused_resnet, "_bn_act"):
+        native.FOLDER = folder
+        native.missing.cache_clear()
+    assert native.missing("cpu") is None
+    return folder / "_C_cpu.so"

@@ -1,0 +1,143 @@
+"""The native library's CUDA part, built by nvcc without a GPU; and deliberate faults that the emulation must notice."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from fused_resnet.testing import inputs
+from tests.csrc import conftest as made
+from tests.csrc import test_emulated_bn_act as norms
+from tests.csrc import test_emulated_conv as convs
+from tests.csrc.test_build import undefined
+from tests.kernels import training
+
+setup_script = made.setup_script
+FAULTS = {  # name -> file, what stands there, what the fault makes of it
+    "a stage is read before its copies have landed": (
+        "cuda/conv.cuh", "wait_copies<kStages - 2>();", "wait_copies<kStages - 1>();"),
+    "a stage is overwritten while others read it": (
+        "cuda/conv.cuh", "sync_block();  // all copies", "// all copies"),
+    "sums are read before all have written theirs": (
+        "cuda/conv.cuh", "  sync_block();\n  store_tile", "  store_tile"),
+    "padding is not zero": ("cuda/conv.cuh", "inside(h, s.H) && inside(w, s.W)", "inside(h, s.H)"),
+    "the residual comes after the activation": (
+        "cuda/conv.cuh", "activate(z[i] + residual[i], a.activation)", "activate(z[i], a.activation) + residual[i]"),
+    "NaN does not pass the activation": (
+        "common/elements.h", "return z <= A(0) ? A(0) : z;", "return z > A(0) ? z : A(0);"),
+    "a column is added up before all have written": (
+        "cuda/bn_act.cuh", "half /= 2) {\n    sync_block();", "half /= 2) {"),
+    "the last bits of a mask are not cleared": ("cuda/bn_act.cuh", " && at + i < a.elements", ""),
+}
+
+
+@pytest.fixture(scope="module")
+def cuda_part(setup_script, tmp_path_factory):
+    """Folder of both libraries and of the stub that stands for torch's CUDA library."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUSED_RESNET_CUDA", "1")
+        patch.setenv("FUSED_RESNET_CUDA_ARCHS", "80;90a")
+        reasons = setup_script.decide()
+        if reasons["cuda"] is not None:
+            pytest.skip(reasons["cuda"])
+        folder = tmp_path_factory.mktemp("native")
+        assert set(setup_script.build(folder, folder / "work").values()) == {None}
+    return folder
+
+
+def test_the_library_needs_stable_symbols_alone(cuda_part):
+    needed = undefined(cuda_part / "_C_cuda.so")
+    assert all(name.startswith(("aoti_torch_", "torch_")) for name in needed), sorted(needed)
+    assert {name for name in needed if "cuda" in name} - {
+        "aoti_torch_get_current_cuda_stream", "torch_c10_cuda_check_msg", "torch_c10_cuda_free_error_msg",
+        "aoti_torch_device_type_cuda"} == set()
+
+
+def test_the_library_loads_beside_a_cpu_build_of_torch(cuda_part):
+    """With the stub: the operators are there for CUDA, and a GPU is what is missing."""
+    code = f"""
+import ctypes, torch
+if torch.version.cuda is None:
+    ctypes.CDLL({str(cuda_part / 'work/cuda/libtorch_cuda.so')!r}, mode=ctypes.RTLD_GLOBAL)
+for part in ("cpu", "cuda"):
+    torch.ops.load_library({str(cuda_part)!r} + f"/_C_{{part}}.so")
+for name in ("_bn_act", "_bn_act_sums", "_bn_act_grad", "_conv_bn_act"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("fused_resnet::" + name, "CUDA"), name
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def resources(library):
+    """(architecture, kernel) -> {"REG": ..., "STACK": ...}"""
+    dump = shutil.which("cuobjdump") or pytest.skip("there is no cuobjdump")
+    text = subprocess.run([dump, "-res-usage", library], capture_output=True, text=True, check=True).stdout
+    found, arch = {}, None
+    for line in text.splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function (\S+):", line):
+            name = match[1]
+        elif "REG:" in line:
+            found[arch, name] = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+    return found
+
+
+def test_no_kernel_spills(cuda_part):
+    """fp64, which serves tests, may call a division that keeps its stack."""
+    found = resources(cuda_part / "_C_cuda.so")
+    assert {arch for arch, _ in found} == {"sm_80", "sm_90a"} and len(found) >= 60
+    for (arch, name), used in found.items():
+        if "Id" not in name:
+            assert used["STACK"] == 0 and used["LOCAL"] == 0, f"{arch} {name}: {used}"
+        # 65,536 registers: two blocks of 256 threads, or one of 128 with the largest tile.
+        assert used["REG"] <= (255 if "conv" in name else 128), f"{arch} {name}: {used}"
+
+
+def test_the_code_is_what_the_design_says(cuda_part):
+    """Tensor cores, copies past registers, and 16 bytes at a time; local memory nowhere."""
+    dump = shutil.which("cuobjdump") or pytest.skip("there is no cuobjdump")
+    text = subprocess.run([dump, "-sass", cuda_part / "_C_cuda.so"], capture_output=True, text=True, check=True).stdout
+    for function in text.split("Function : ")[1:]:
+        name = function.split(maxsplit=1)[0]
+        count = {op: len(re.findall(rf"\b{re.escape(op)}", function)) for op in (
+            "HMMA.16816.F32", "LDSM.16.M88.4", "LDGSTS", "LDG.E.128", "STG.E.128", "LDL", "STL", "ATOM", "RED.")}
+        assert count["ATOM"] + count["RED."] == 0, f"{name} uses atomics"
+        if "conv_bn_act_tile" in name:
+            wide = "Li128E" in name
+            assert count["HMMA.16816.F32"] == (64 if wide else 32) and count["LDSM.16.M88.4"] == (16 if wide else 12)
+            assert count["LDGSTS"] and count["STG.E.128"] and not count["LDL"] + count["STL"]
+        elif "forward" in name or "gradient" in name:
+            assert count["LDG.E.128"] and count["STG.E.128"], name
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_noticed(fault, tmp_path):
+    file, before, after = FAULTS[fault]
+    shutil.copytree(made.CSRC, tmp_path / "csrc")
+    text = (tmp_path / "csrc" / file).read_text()
+    assert text.count(before) == 1, f"{before!r} stands {text.count(before)} times in {file}"
+    (tmp_path / "csrc" / file).write_text(text.replace(before, after))
+    module = made.compile_emulation(tmp_path / "csrc", tmp_path / "fused_resnet_testing.so")
+    with pytest.raises((AssertionError, RuntimeError)):
+        check(module)
+
+
+def check(module):
+    """What the tests of the emulation check, in small."""
+    convs.test_a_pixel_that_is_not_a_number_reaches_its_windows_alone(module)
+    for problem in convs.PROBLEMS[1:3]:
+        for seed in range(3):
+            operands = inputs.make(problem)
+            convs.agree(problem, operands, convs.emulate(module, problem, operands, seed))
+    for kernel, agree in norms.KERNELS.items():
+        norms.test_nan_and_inf_go_where_stock_sends_them(module, kernel)
+        problem = training.norm(3, 3, n=1)
+        operands = training.norm_operands(problem)
+        agree(problem, operands, norms.emulate(module, kernel, problem, operands))
+
+
+def test_without_a_fault_nothing_is_noticed(tmp_path):
+    check(made.compile_emulation(made.CSRC, tmp_path / "fused_resnet_testing.so"))
