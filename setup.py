@@ -63,7 +63,8 @@ def decide():
 
 def write_ninja(part, out, work):
     """Writes to `work` how the part's library in `out` is made; returns the library."""
-    lines = [f"cpp = {CXX}", f"torch = {Path(importlib.util.find_spec('torch').origin).parent}", f"nvcc = {tool('nvcc')}", RULES]
+    torch = Path(importlib.util.find_spec("torch").origin).parent
+    lines = [f"cpp = {CXX}", f"torch = {torch}", f"nvcc = {tool('nvcc')}", RULES]
 
     def edge(name, rule, source, flags):
         lines.append(f"build {name}: {rule} {source}\n  flags = {flags}")
@@ -96,9 +97,8 @@ def build(out, work):
         if reason is None:
             (work / part).mkdir(parents=True, exist_ok=True)
             library = write_ninja(part, out, work / part)
-            done = subprocess.run([tool("ninja"), "-C", work / part, library], stdout=subprocess.PIPE, text=True,
-                                  stderr=subprocess.STDOUT)
-            verdicts[part] = f"its build failed: {done.stdout[-3000:]}" if done.returncode else None
+            done = subprocess.run([tool("ninja"), "-C", work / part, library], capture_output=True, text=True)
+            verdicts[part] = f"its build failed: {(done.stdout + done.stderr)[-3000:]}" if done.returncode else None
         print(f"fused_resnet: the {part} part: {verdicts[part] or 'built'}", file=sys.stderr)
     (out / "_native.json").write_text(json.dumps(verdicts, indent=1) + "\n")
     return verdicts

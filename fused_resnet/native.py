@@ -1,4 +1,4 @@
-"""The compiled libraries: raw operators `fused_resnet::_f` for programs without Python and for the kernels that call them.
+"""The compiled libraries: raw operators `fused_resnet::_f`, for programs without Python and for kernels that call them.
 
 `csrc/` has a part for the CPU, which defines all schemas, and a part for CUDA. Each is one library on the stable ABI of
 libtorch 2.11, loaded when it is first asked for, never at import. FUSED_RESNET_SKIP_LOADING=1 leaves both out.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,5 +108,6 @@ def _fake_stem(x, weight, *rest):
     return _image(x, x.shape[0], weight.shape[0], (p + 1) // 2, (q + 1) // 2)
 
 
-FAKES = {"_bn_act": _fake_bn_act, "_bn_act_sums": _fake_bn_act_sums, "_bn_act_grad": _fake_bn_act_grad,
-         "_conv_bn_act": _fake_conv_bn_act, "_stem": _fake_stem}
+FAKES: dict[str, Callable[..., Any]] = {
+    "_bn_act": _fake_bn_act, "_bn_act_sums": _fake_bn_act_sums, "_bn_act_grad": _fake_bn_act_grad,
+    "_conv_bn_act": _fake_conv_bn_act, "_stem": _fake_stem}

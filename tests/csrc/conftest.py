@@ -29,24 +29,25 @@ def setup_script():
 
 
 def compile_emulation(sources, target):
-    """Builds the test module from the csrc folder `sources`."""
+    """Builds the test module from the csrc folder `sources`; returns its file."""
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed")
     compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
     includes = [f"-I{path}" for path in (sources, pybind11.get_include(), sysconfig.get_paths()["include"])]
     subprocess.run([compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror",
                     "-Wno-unknown-pragmas", *includes, sources / "testing/module.cpp", "-o", target], check=True)
-    return module_from("fused_resnet_testing", target)
+    return target
 
 
 @pytest.fixture(scope="session")
 def emulation(tmp_path_factory):
     """The module `fused_resnet_testing`: index arithmetic, and the GPU's kernels on the CPU."""
-    return compile_emulation(CSRC, tmp_path_factory.mktemp("emulation") / "fused_resnet_testing.so")
+    target = tmp_path_factory.mktemp("emulation") / "fused_resnet_testing.so"
+    return module_from("fused_resnet_testing", compile_emulation(CSRC, target))
 
 
 @pytest.fixture(scope="session")
 def library(setup_script, tmp_path_factory):
-    """The CPU part, built from this tree and loaded; an operator that is there already was loaded by an earlier test."""
+    """The CPU part, built from this tree and loaded; what an earlier test has loaded stays."""
     folder = tmp_path_factory.mktemp("native")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FUSED_RESNET_SKIP_CUDA", "1")

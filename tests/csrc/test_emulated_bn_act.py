@@ -25,7 +25,8 @@ def emulate(emulation, kernel, problem, operands, limit=2, seed=0, aligned=True)
         out["dx"] = torch.empty_like(operands.x)
         if problem.shortcut:
             out["dr"] = torch.empty_like(operands.x)
-    given = {"x": operands.x, "dy": operands.dy, "given_mask": operands.mask, **{v: getattr(operands, v) for v in VECTORS}}
+    given = {"x": operands.x, "dy": operands.dy, "given_mask": operands.mask}
+    given |= {v: getattr(operands, v) for v in VECTORS}
     if problem.shortcut and (kernel == "forward" or problem.shortcut == "norm"):
         given["residual"] = operands.residual
     if problem.shortcut == "norm":
@@ -40,9 +41,9 @@ def emulate(emulation, kernel, problem, operands, limit=2, seed=0, aligned=True)
 
 KERNELS = {"forward": training.agree_forward, "sums": training.agree_sums, "gradient": training.agree_grad}
 # Channels that are whole octets or not, more and fewer than the threads of a block take, ragged rows.
-PROBLEMS = [training.norm(c, size, activation=activation, shortcut=shortcut) for (c, size), (activation, shortcut) in zip(
-    [(8, 5), (24, (3, 7)), (64, 6), (264, 3), (5, (3, 5)), (1, 1), (3, 9), (20, 4), (33, 2)],
-    itertools.product(ACTIVATIONS, ("", "tensor", "norm")))]
+SIZES = [(8, 5), (24, (3, 7)), (64, 6), (264, 3), (5, (3, 5)), (1, 1), (3, 9), (20, 4), (33, 2)]
+PROBLEMS = [training.norm(*size, activation=activation, shortcut=shortcut)
+            for size, (activation, shortcut) in zip(SIZES, itertools.product(ACTIVATIONS, ("", "tensor", "norm")))]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

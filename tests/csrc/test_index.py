@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 
 def test_taps_are_those_of_a_convolution(emulation):
-    """A convolution with one weight of 1 at tap (r, s) copies what the tap reads: every tap, stride, padding, dilation."""
+    """A convolution with one weight of 1 at tap (r, s) copies what the tap reads."""
     H, W, R, S = 7, 6, 3, 2
     x = torch.arange(1.0, H * W + 1).view(1, 1, H, W)
     for stride, padding, dilation, r, s in itertools.product((1, 2, 3), (0, 1, 2), (1, 2), range(R), range(S)):
@@ -73,7 +73,7 @@ def test_strips_cover_every_row_and_channel(emulation, rows, C):
 
 
 def test_eight_rows_of_a_chunk_lie_in_different_banks(emulation):
-    """ldmatrix reads 8 rows of 16 bytes at once; shared memory delivers 128 bytes, one of each of its 16-byte columns."""
+    """ldmatrix reads 8 rows of 16 bytes at once; shared memory delivers 128 bytes, one of each 16-byte column."""
     every = {(row, chunk): emulation.swizzled(row, chunk) for row in range(128) for chunk in range(4)}
     assert sorted(every.values()) == list(range(0, 128 * 4 * 8, 8))
     for first, chunk in itertools.product(range(0, 128, 8), range(4)):
