@@ -165,7 +165,7 @@ def legal(tile: Tile, problem: ConvProblem, arch: int) -> str | None:
         return f"{tile} is no tile of the stem"
     if any(size < 1 or size & (size - 1) for size in sizes) or min(sizes[:2]) < 16:
         return f"{tile.BLOCK_M} x {tile.BLOCK_N} and {tile.num_warps} warps are no powers of two, blocks from 16 on"
-    if problem.dtype == "fp32" and max(tile.BLOCK_M, tile.BLOCK_N) > 32:
+    if problem.device == "cuda" and problem.dtype == "fp32" and max(tile.BLOCK_M, tile.BLOCK_N) > 32:
         return "more than 32 x 32 sums in fp32, without tensor cores, spill registers"
     rows, pixels = window(problem)
     registers = tile.BLOCK_M * (rows * pixels * CHANNELS + 3 * tile.BLOCK_N) // (32 * tile.num_warps)
