@@ -61,7 +61,8 @@ LARGE = {"resnext", "dilated", "zero_init", "resnet50", "wide_resnet50", "timm_r
          "timm_resnet50", "timm_seresnet50", "tutorial_resnet34", "ours_resnet18", "googlenet", "timm_resnetv2",
          "regnet"}
 # Batches of three images through many norms: what is made again differs in its last bits, and that grows step by step.
-GROWS = {"mobilenet_v2", "timm_seresnet50", "googlenet", "regnet"}
+GROWS = {"mobilenet_v2", "googlenet", "regnet", "resnet50", "wide_resnet50", "timm_resnet26t", "timm_resnet50",
+         "timm_seresnet50"}
 CASES = [pytest.param(name, recompute, marks=pytest.mark.gate if name in LARGE or recompute and name == "resnet18"
                       else []) for name in NETS for recompute in (False, True)]
 
