@@ -42,13 +42,16 @@ def _normalise(u: torch.Tensor, stage: Stage, part: Parts) -> tuple[torch.Tensor
     return z, kept._replace(mean=mean, invstd=invstd) if stage.batch else kept
 
 
-def _again(u: torch.Tensor, stage: Stage, part: Parts, kept: Kept) -> torch.Tensor:
-    """The stage's activated output, from its convolution's."""
-    mean, var = part.running_mean, part.running_var
-    if kept.mean is not None and kept.invstd is not None:
-        mean, var = kept.mean, kept.invstd.pow(-2).sub_(stage.eps).clamp_(min=0)
-    return _activate(torch.batch_norm(u, part.gamma, part.beta, mean, var, False, 0.0, stage.eps, False),
-                     stage.activation)
+def _again(u: torch.Tensor, stage: Stage, part: Parts) -> torch.Tensor:
+    """The stage's activated output, from its convolution's, to the last bit as forward made it.
+
+    That takes the batch's statistics once more: a variance got back from 1 / std would round otherwise, which grows
+    from step to step.
+    """
+    running = (None, None) if stage.batch else (part.running_mean, part.running_var)
+    z = torch._batch_norm_impl_index(u, part.gamma, part.beta, *running, stage.batch, 0.0, stage.eps,
+                                     torch.backends.cudnn.enabled)[0]
+    return _activate(z, stage.activation)
 
 
 def _mask(grad: torch.Tensor, y: torch.Tensor, activation: str) -> torch.Tensor:
@@ -137,7 +140,7 @@ def backward(spec: Branch, dy: torch.Tensor, x: torch.Tensor, reads: torch.Tenso
         if i:
             source = kept[-1].a
             if source is None:
-                source = _again(kept[-1].u, spec.stages[i - 1], parts[i - 1], kept[-1])  # type: ignore[arg-type]
+                source = _again(kept[-1].u, spec.stages[i - 1], parts[i - 1])  # type: ignore[arg-type]
             kept[-1] = kept[-1]._replace(a=None)
         # Each name is bound anew as soon as its tensor is of no more use, so that the next one finds its memory warm.
         dz = _through_norm(dz, source, stage, part, mine, further, needs, grads, i)
