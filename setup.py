@@ -32,7 +32,8 @@ LOOPS = f"-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping
 ISAS = {"baseline": ""} if platform.machine() != "x86_64" else {
     "baseline": "", "avx2": "-march=x86-64-v3", "avx512": "-march=x86-64-v4 -mprefer-vector-width=512"}
 NVCC = f"{STABLE} -O3 -DUSE_CUDA -Xcompiler -fPIC,-fvisibility=hidden --threads 2"
-SOURCES = {"cpu": ("schemas.cpp", "cpu/bn_act.cpp", "cpu/conv.cpp"), "cuda": ("cuda/bn_act.cu", "cuda/conv.cu")}
+SOURCES = {"cpu": [CSRC / "schemas.cpp", *sorted({*CSRC.glob("cpu/*.cpp")} - {CSRC / "cpu/loops.cpp"})],
+           "cuda": sorted(CSRC.glob("cuda/*.cu"))}
 RULES = "".join(f"rule {name}\n  command = ${name} $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n"
                 for name in ("cpp", "nvcc")) + "rule link\n  command = $cpp -shared -o $out $in $flags"
 
@@ -70,10 +71,9 @@ def write_ninja(part, out, work):
         lines.append(f"build {name}: {rule} {source}\n  flags = {flags}")
         return str(name)
 
-    cpp = CPP + "".join(f" -DFR_HAS_{isa.upper()}" for isa in ISAS)
-    nvcc = NVCC + "".join(f" -gencode arch=compute_{arch},code=sm_{arch}" for arch in ARCHS.split(";"))
-    objects = [edge(f"{source}.o", "cpp" if part == "cpu" else "nvcc", CSRC / source, cpp if part == "cpu" else nvcc)
-               for source in SOURCES[part]]
+    rule, flags = ("cpp", CPP + "".join(f" -DFR_HAS_{isa.upper()}" for isa in ISAS)) if part == "cpu" else (
+        "nvcc", NVCC + "".join(f" -gencode arch=compute_{arch},code=sm_{arch}" for arch in ARCHS.split(";")))
+    objects = [edge(f"{source.name}.o", rule, source, flags) for source in SOURCES[part]]
     link = "-L$torch/lib -ltorch_cpu"
     if part == "cpu":
         objects += [edge(f"loops.{isa}.o", "cpp", CSRC / "cpu/loops.cpp", f"{LOOPS} -DFR_ISA={isa} {flags}")

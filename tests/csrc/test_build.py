@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,7 +31,7 @@ def test_a_build_that_fails_is_reported_and_stops_nothing(setup_script, monkeypa
     if setup_script.decide()["cpu"] is not None:
         pytest.skip(setup_script.decide()["cpu"])
     monkeypatch.setenv("FUSED_RESNET_SKIP_CUDA", "1")
-    monkeypatch.setattr(setup_script, "SOURCES", {"cpu": ("no_such_file.cpp",), "cuda": ()})
+    monkeypatch.setattr(setup_script, "SOURCES", {"cpu": [Path("no_such_file.cpp")], "cuda": []})
     verdicts = setup_script.build(tmp_path, tmp_path / "work")
     assert "its build failed" in verdicts["cpu"] and "no_such_file" in capsys.readouterr().err
     assert json.loads((tmp_path / "_native.json").read_text()) == verdicts and not list(tmp_path.glob("*.so"))
