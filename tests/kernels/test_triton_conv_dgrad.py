@@ -113,30 +113,3 @@ def test_weights_in_any_strides_and_after_an_update(lay, device):
     for _ in range(2):
         agree_dgrad(problem, operands._replace(weight=operands.weight.float()), kernel.forward(problem, operands))
         operands.weight.mul_(-2)
-
-
-def test_a_tile_that_cannot_run_is_refused_with_its_reason(device):
-    problem = conv(16, 16, 4)._replace(device=device)
-    for tile, reason in ((Tile("dgrad", 24, 16), "24 is no power of two"), (Tile("gemm", 16, 16), "a tile of 'gemm'"),
-                         (Tile("dgrad", 256, 256), "512 sums in the registers"),
-                         (Tile("dgrad", 16, 16, SPLIT_K=2), "SPLIT_K=2 of 1 steps")):
-        with pytest.raises(ValueError, match=reason):
-            kernel.with_tile(vars(tile))(problem, make(problem))
-
-
-@pytest.mark.parametrize(("change", "reason"), [
-    ({"dtype": "fp64"}, "not fp64"), ({"dtype": "bf16"}, "interpreter"), ({"prologue": "silu"}, "'silu'"),
-    ({"groups": 16}, "one input channel"), ({}, None), ({"dtype": "bf16", "device": "cuda"}, None)])
-def test_refusals(change, reason):
-    found = kernel.refuse(conv(16, 16, 4)._replace(**change))
-    assert found is None if reason is None else reason in found
-
-
-@pytest.mark.parametrize("arch", [80, 86, 90])
-@pytest.mark.parametrize("dtype", ["fp32", "tf32", "bf16"])
-def test_candidates_are_legal_and_begin_with_the_shipped_tile(dtype, arch):
-    for problem in (conv(64, 64, 56, n=32), conv(256, 64, 56, 1, n=32, prologue="relu"), conv(3, 64, 224, 7, stride=2)):
-        problem = problem._replace(device="cuda", dtype=dtype)
-        tiles = kernel.candidates(problem, arch)
-        assert tiles[0] == kernel.pick(problem, arch) and len(set(tiles)) == len(tiles) > 1
-        assert all(kernel.legal(tile, problem, arch) is None for tile in tiles)

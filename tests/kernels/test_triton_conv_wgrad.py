@@ -105,29 +105,3 @@ def test_the_split_fills_the_chip_but_leaves_every_part_its_steps():
             assert tile.SPLIT_K == 1 or kernel.tiles(problem, tile) * tile.SPLIT_K <= 2 * kernel.FILL[arch]
     wide = kernel.pick(conv(64, 64, 56, n=64)._replace(dtype="bf16", device="cuda"), 90)
     assert kernel.tiles(conv(64, 64, 56, n=64), wide) * wide.SPLIT_K > kernel.FILL[90]
-
-
-def test_a_tile_that_cannot_run_is_refused_with_its_reason(device):
-    problem = conv(16, 16, 4)._replace(device=device)
-    for tile, reason in ((Tile("wgrad", 24, 16), "24 is no power of two"), (Tile("dgrad", 16, 16), "a tile of 'dgrad'"),
-                         (Tile("wgrad", 16, 16, SPLIT_K=3), "SPLIT_K=3 of 2 steps")):
-        with pytest.raises(ValueError, match=reason):
-            kernel.with_tile(vars(tile))(problem, make(problem))
-
-
-@pytest.mark.parametrize(("change", "reason"), [
-    ({"dtype": "fp64"}, "not fp64"), ({"dtype": "bf16"}, "interpreter"), ({"prologue": "silu"}, "'silu'"),
-    ({"groups": 16}, "one input channel"), ({}, None), ({"dtype": "bf16", "device": "cuda"}, None)])
-def test_refusals(change, reason):
-    found = kernel.refuse(conv(16, 16, 4)._replace(**change))
-    assert found is None if reason is None else reason in found
-
-
-@pytest.mark.parametrize("arch", [80, 86, 90])
-@pytest.mark.parametrize("dtype", ["fp32", "tf32", "bf16"])
-def test_candidates_are_legal_and_begin_with_the_shipped_tile(dtype, arch):
-    for problem in (conv(64, 64, 56, n=32), conv(256, 64, 56, 1, n=32, prologue="relu"), conv(3, 64, 224, 7, stride=2)):
-        problem = problem._replace(device="cuda", dtype=dtype)
-        tiles = kernel.candidates(problem, arch)
-        assert tiles[0] == kernel.pick(problem, arch) and len(set(tiles)) == len(tiles) > 1
-        assert all(kernel.legal(tile, problem, arch) is None for tile in tiles)
