@@ -17,8 +17,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet, m) {
   m.def(
       "_conv_bn_act(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var, "
       "Tensor? residual, Tensor? pre_gamma, Tensor? pre_beta, Tensor? pre_mean, Tensor? pre_var, float eps, "
-      "float pre_eps, str activation, str prologue, int[2] stride, int[2] padding, int[2] dilation, int groups) -> "
-      "Tensor");
+      "float pre_eps, str activation, str prologue, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+      "int tile=-1) -> Tensor");
   m.def(
       "_stem(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var, float eps, "
       "str activation, int[2] stride, int[2] padding) -> Tensor");

@@ -21,6 +21,8 @@ from fused_resnet.library import register_fake
 PARTS = ("cpu", "cuda")
 FOLDER = Path(__file__).parent
 OLDEST_TORCH = (2, 11)
+# Argument `tile` of _conv_bn_act on CUDA: the kernel, and pixels x filters a block; -1 lets a rule decide.
+CONV_TILES = ("mma_128x64", "mma_128x128", "sm90_128x64", "sm90_128x128", "sm90_256x128")
 _log = logging.getLogger(__name__)
 
 
@@ -98,8 +100,8 @@ def _output_size(x, weight, stride, padding, dilation=(1, 1)):
             for d in (2, 3)]
 
 
-def _fake_conv_bn_act(x, weight, *rest):
-    stride, padding, dilation, _ = rest[-4:]
+def _fake_conv_bn_act(x, weight, *rest, tile=-1):
+    stride, padding, dilation = rest[14:17]
     return _image(x, x.shape[0], weight.shape[0], *_output_size(x, weight, stride, padding, dilation))
 
 

@@ -1,5 +1,6 @@
 // Families conv_bn_act and stem on the CPU in their plainest form: a home without Python where no other kernel is,
 // and what the GPU's kernels are compared with. oneDNN's convolutions are faster.
+#include "common/conv_tiles.h"
 #include "cpu/pick.h"
 
 namespace fused_resnet {
@@ -63,7 +64,8 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const Maybe& bias, con
                    const Maybe& mean, const Maybe& var, const Maybe& residual, const Maybe& pre_gamma,
                    const Maybe& pre_beta, const Maybe& pre_mean, const Maybe& pre_var, double eps, double pre_eps,
                    const std::string& activation, const std::string& prologue, const Sizes& stride,
-                   const Sizes& padding, const Sizes& dilation, int64_t groups) {
+                   const Sizes& padding, const Sizes& dilation, int64_t groups, int64_t tile) {
+  STD_TORCH_CHECK(tile == kNoTile, "tile = ", tile, ", but the CPU's kernel has no tiles");
   const ConvShape s = conv_shape(x, weight, stride, padding, dilation, groups);
   check_vectors(x, s.K, gamma, beta, mean, var);
   check_vectors(x, s.C, pre_gamma, pre_beta, pre_mean, pre_var);

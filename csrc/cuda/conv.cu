@@ -8,7 +8,7 @@ namespace {
 template <class T>
 void run(const ConvShape& s, const Tensor& x, const Tensor& weight, const Maybe& bias, const Maybe& gamma,
          const Maybe& beta, const Maybe& mean, const Maybe& var, const Maybe& residual, double eps,
-         Activation activation, const Tensor& y) {
+         Activation activation, int64_t tile, const Tensor& y) {
   ConvArgs<T> a{};
   a.shape = s;
   a.x = data<T>(x);
@@ -24,14 +24,14 @@ void run(const ConvShape& s, const Tensor& x, const Tensor& weight, const Maybe&
   a.eps = static_cast<float>(eps);
   a.activation = activation;
   a.aligned = aligned(a.residual, a.y);
-  launch_conv(a, Stream(x));
+  launch_conv(a, tile, Stream(x));
 }
 
 Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const Maybe& bias, const Maybe& gamma, const Maybe& beta,
                    const Maybe& mean, const Maybe& var, const Maybe& residual, const Maybe& pre_gamma,
                    const Maybe& pre_beta, const Maybe& pre_mean, const Maybe& pre_var, double eps, double pre_eps,
                    const std::string& activation, const std::string& prologue, const Sizes& stride,
-                   const Sizes& padding, const Sizes& dilation, int64_t groups) {
+                   const Sizes& padding, const Sizes& dilation, int64_t groups, int64_t tile) {
   const ConvShape s = conv_shape(x, weight, stride, padding, dilation, groups);
   STD_TORCH_CHECK(prologue.empty() && !pre_gamma && !pre_beta && !pre_mean && !pre_var,
                   "the CUDA kernel has no prologue, but was given one with eps ", pre_eps);
@@ -41,14 +41,15 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const Maybe& bias, con
   STD_TORCH_CHECK(is_channels_last(x) && is_channels_last(weight),
                   "x and weight must be dense in channels_last memory");
   STD_TORCH_CHECK(mean.has_value() == var.has_value(), "mean and var must be given together");
+  STD_TORCH_CHECK(tile == kNoTile || is_tile(tile, false), "tile = ", tile, " is none of this kernel's");
   Tensor y = make({s.N, s.K, s.P, s.Q}, x.scalar_type(), x, true);
   if (residual.has_value()) check_image(*residual, y, "residual");
   const Activation kind = activation_of(activation);
   if (x.scalar_type() == ScalarType::BFloat16) {
-    run<bf16>(s, x, weight, bias, gamma, beta, mean, var, residual, eps, kind, y);
+    run<bf16>(s, x, weight, bias, gamma, beta, mean, var, residual, eps, kind, tile, y);
   } else {
     STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half, "the CUDA kernel takes bf16 and fp16");
-    run<fp16>(s, x, weight, bias, gamma, beta, mean, var, residual, eps, kind, y);
+    run<fp16>(s, x, weight, bias, gamma, beta, mean, var, residual, eps, kind, tile, y);
   }
   return y;
 }

@@ -7,6 +7,7 @@
 // residual and writes y in 16 bytes and rounds once.
 #pragma once
 
+#include "common/conv_tiles.h"
 #include "common/index.h"
 #include "cuda/device.h"
 
@@ -201,9 +202,11 @@ conv_bn_act_tile(const ConvArgs<T> a) {
   store_tile<T, TILE_N>(a, tile, first_pixel, first_filter);
 }
 
+// `tile` is an index into kConvTiles or kNoTile.
 template <class T, class Launch>
-void launch_conv(const ConvArgs<T>& a, const Launch& launch) {
-  if (a.shape.K <= 64) {
+void launch_conv(const ConvArgs<T>& a, int64_t tile, const Launch& launch) {
+  const int32_t filters = tile == kNoTile ? (a.shape.K <= 64 ? 64 : 128) : kConvTiles[tile].filters;
+  if (filters == 64) {
     launch(conv_bn_act_tile<T, 64>, conv_blocks(a.shape, 64), kConvThreads, conv_shared_bytes<64>(), a);
   } else {
     launch(conv_bn_act_tile<T, 128>, conv_blocks(a.shape, 128), kConvThreads, conv_shared_bytes<128>(), a);

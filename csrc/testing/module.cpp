@@ -73,7 +73,7 @@ ConvShape shape_of(const std::vector<int32_t>& s) {
 
 template <class T>
 void conv_of(const Addresses& a, const std::vector<int32_t>& sizes, int activation, double eps, bool aligned,
-             unsigned seed) {
+             unsigned seed, int64_t tile) {
   ConvArgs<T> args{};
   args.shape = shape_of(sizes);
   args.x = at<const T>(a, "x");
@@ -89,7 +89,7 @@ void conv_of(const Addresses& a, const std::vector<int32_t>& sizes, int activati
   args.eps = norm.eps;
   args.activation = static_cast<Activation>(activation);
   args.aligned = aligned;
-  launch_conv(args, Emulated{seed});
+  launch_conv(args, tile, Emulated{seed});
 }
 
 template <class F>
@@ -108,6 +108,11 @@ void bind_index(py::module_& m) {
   m.def("depth_of", [](int32_t e, int32_t S, int32_t channels) {
     const Depth depth = depth_of(e, S, channels);
     return std::tuple(depth.r, depth.s, depth.c);
+  });
+  m.def("conv_tiles", [] {
+    std::vector<std::string> names;
+    for (const ConvTile& tile : kConvTiles) names.emplace_back(tile.name);
+    return names;
   });
   m.def("tap", &tap);
   m.def("inside", &inside);
@@ -156,8 +161,8 @@ PYBIND11_MODULE(fused_resnet_testing, m) {
     });
   });
   m.def("conv", [](const std::string& dtype, const Addresses& addresses, const std::vector<int32_t>& sizes,
-                   int activation, double eps, bool aligned, unsigned seed) {
-    if (dtype == "bf16") return conv_of<bf16>(addresses, sizes, activation, eps, aligned, seed);
-    conv_of<fp16>(addresses, sizes, activation, eps, aligned, seed);
+                   int activation, double eps, bool aligned, unsigned seed, int64_t tile) {
+    if (dtype == "bf16") return conv_of<bf16>(addresses, sizes, activation, eps, aligned, seed, tile);
+    conv_of<fp16>(addresses, sizes, activation, eps, aligned, seed, tile);
   });
 }

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_resnet import backends, numerics
+from fused_resnet import backends, native, numerics
 from fused_resnet.ops import conv_bn_act as family
 from fused_resnet.problem import ACTIVATIONS, ConvProblem
 from fused_resnet.testing import inputs
@@ -12,7 +12,7 @@ from fused_resnet.testing.memory import guarded
 VECTORS = ("bias", "gamma", "beta", "mean", "var")
 
 
-def emulate(emulation, p, o, seed=0, aligned=True):
+def emulate(emulation, p, o, seed=0, aligned=True, tile=-1):
     """y of one launch; `aligned` says that the tensors start at a multiple of 16 bytes."""
     y = torch.empty(p.output_shape, dtype=o.x.dtype, memory_format=torch.channels_last)
     weight = o.weight.contiguous(memory_format=torch.channels_last)
@@ -20,7 +20,8 @@ def emulate(emulation, p, o, seed=0, aligned=True):
     tensors = {"x": o.x, "weight": weight, "residual": o.residual, "y": y, **vectors}
     addresses = {name: t.data_ptr() for name, t in tensors.items() if t is not None}
     sizes = [p.N, p.H, p.W, p.C, p.K, p.R, p.S, p.P, p.Q, *p.stride, *p.padding, *p.dilation, p.groups]
-    emulation.conv(p.dtype, addresses, sizes, ACTIVATIONS.index(p.activation), o.eps, aligned, seed)
+    emulation.conv(p.dtype, addresses, sizes, ACTIVATIONS.index(p.activation), o.eps, aligned, seed,
+                   tile)
     return y
 
 
@@ -40,6 +41,14 @@ PROBLEMS = [
     ConvProblem("cpu", "fp16", 3, 5, 6, 8, 5, 3, 2, padding=(2, 1), dilation=(2, 1), residual=True, activation="silu"),
     ConvProblem("cpu", "fp16", 1, 6, 6, 24, 72, 5, 3, padding=(2, 1), norm=False, bias=True, activation="hardswish"),
 ]
+
+
+
+def test_a_forced_tile_gives_the_same_bits(emulation):
+    operands = inputs.make(PROBLEMS[1])
+    found = [emulate(emulation, PROBLEMS[1], operands, tile=native.CONV_TILES.index(f"mma_128x{n}")) for n in (64, 128)]
+    agree(PROBLEMS[1], operands, found[0])
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.id)

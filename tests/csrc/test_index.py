@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fused_resnet import native
+
 
 def test_taps_are_those_of_a_convolution(emulation):
     """A convolution with one weight of 1 at tap (r, s) copies what the tap reads."""
@@ -31,6 +33,10 @@ def test_depths_are_those_of_a_weight_in_channels_last_memory(emulation):
     found = [emulation.depth_of(e, S, C) for e in range(R * S * C)]
     assert found == list(itertools.product(range(R), range(S), range(C)))
     assert emulation.depth_of(R * S * C, S, C)[0] == R  # the tail of the last step is beyond the window
+
+
+def test_python_knows_the_tiles_of_the_library(emulation):
+    assert tuple(emulation.conv_tiles()) == native.CONV_TILES
 
 
 @pytest.mark.parametrize("at", [0, 2**31 - 1, 2**31, 2**33 + 12345])
