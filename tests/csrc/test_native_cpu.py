@@ -133,10 +133,9 @@ def test_operators_pass_opcheck():
             (ops._bn_act_grad, (o.dy, None, o.x, None, o.mean, o.var, o.eps, o.means, False, *[None] * 4, 0.0, None))):
         torch.library.opcheck(op.default, args, test_utils=utils)
     p, c = CONVS[0], inputs.make(CONVS[0])
-    torch.library.opcheck(ops._conv_bn_act.default, (*c[:12], 1e-5, 1e-5, "relu", "", *p[9:12], 1), test_utils=utils)
-    torch.library.opcheck(ops._conv_bn_act.default, (*c[:12], 1e-5, 1e-5, "relu", "", *p[9:12], 1, -1), test_utils=utils)
-    torch.library.opcheck(ops._conv_bn_act.default, (*c[:12], 1e-5, 1e-5, "relu", "", *p[9:12], 1), {"tile": -1},
-                          test_utils=utils)
+    for tile in ({}, {"tile": -1}):
+        torch.library.opcheck(ops._conv_bn_act.default, (*c[:12], 1e-5, 1e-5, "relu", "", *p[9:12], 1), tile,
+                              test_utils=utils)
     torch.library.opcheck(ops._stem.default, (*c[:7], 1e-5, "relu", (2, 2), (1, 1)), test_utils=utils)
 
 
