@@ -1,8 +1,7 @@
 """Compiles one share of the tiles of `conv_dgrad` and `conv_wgrad`, a JSON line each: `compile_grads.py SHARE OF`."""
 
 import dataclasses
-import json
-import sys
+from functools import partial
 
 import torch
 
@@ -12,6 +11,7 @@ from fused_resnet.numerics import DTYPES
 from fused_resnet.problem import ConvProblem, GradOperands
 from fused_resnet.testing import aot
 from fused_resnet.testing.cases import conv
+from tests.gate.workers import work
 
 ARCHS = (80, 90)
 KERNELS = {"dgrad": conv_dgrad, "wgrad": conv_wgrad}
@@ -87,14 +87,5 @@ def sums(arch: int, count: int) -> dict:
 
 
 if __name__ == "__main__":
-    share, of = map(int, sys.argv[1:])
-    for case in cases()[share::of]:
-        try:
-            row = report(*case)
-        except Exception as error:
-            row = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps({"name": name(*case), **row}), flush=True)
-    if share == 0:
-        for arch in ARCHS:
-            for count in PARTS:
-                print(json.dumps({"name": f"sm_{arch}-sum{count}", **sums(arch, count)}), flush=True)
+    work({name(*case): partial(report, *case) for case in cases()}
+         | {f"sm_{arch}-sum{count}": partial(sums, arch, count) for arch in ARCHS for count in PARTS})

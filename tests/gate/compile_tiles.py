@@ -5,8 +5,7 @@ Runs in its own process, because Triton either compiles or interprets for the li
 
 import dataclasses
 import itertools
-import json
-import sys
+from functools import partial
 
 import torch
 
@@ -17,6 +16,7 @@ from fused_resnet.ops.stem import StemProblem
 from fused_resnet.problem import ConvOperands, ConvProblem
 from fused_resnet.testing import aot
 from fused_resnet.testing.cases import LAYERS, conv
+from tests.gate.workers import work
 
 ARCHS = (80, 90)
 # Problems that reach each row of the table: the plain one, and what costs registers beside it.
@@ -166,14 +166,8 @@ def report(arch: int, problem: ConvProblem, tile: Tile) -> dict:
     for second, arguments, options in rest:
         other = aot.check(second, arguments, arch, options)
         found |= {field: max(value, getattr(other, field)) for field, value in found.items() if field != "count"}
-    return {"name": name(arch, problem, tile), **found}
+    return found
 
 
 if __name__ == "__main__":
-    share, of = map(int, sys.argv[1:])
-    for arch, problem, tile in ([case[1:] for case in cases() + candidates()] + stems())[share::of]:
-        try:
-            row = report(arch, problem, tile)
-        except Exception as error:
-            row = {"name": name(arch, problem, tile), "error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(row), flush=True)
+    work({name(*case): partial(report, *case) for case in [case[1:] for case in cases() + candidates()] + stems()})

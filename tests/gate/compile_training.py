@@ -1,8 +1,7 @@
 """Compiles one share of the kernels of bn_act* and conv_bn_stats and prints a JSON line each: `SHARE OF`."""
 
 import dataclasses
-import json
-import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from fused_resnet.ops.bn_act import NormOperands
 from fused_resnet.problem import ConvOperands, NormProblem
 from fused_resnet.testing import aot
 from fused_resnet.testing.cases import conv
+from tests.gate.workers import work
 
 ARCHS = (80, 90)
 NORMS = [(64, "bf16", shortcut) for shortcut in ("", "tensor", "norm")] + [
@@ -98,15 +98,8 @@ def report(kernel: str, arch: int, problem: Any, tile: Any) -> dict:
     """What the compiler made of one launch."""
     of = of_norm if isinstance(problem, NormProblem) else of_conv
     function, arguments, options = of(kernel, problem, tile)
-    return {"name": name(kernel, arch, problem, tile),
-            **dataclasses.asdict(aot.check(function, arguments, arch, options))}
+    return dataclasses.asdict(aot.check(function, arguments, arch, options))
 
 
 if __name__ == "__main__":
-    share, of = map(int, sys.argv[1:])
-    for case in cases()[share::of]:
-        try:
-            row = report(*case)
-        except Exception as error:
-            row = {"name": name(*case), "error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(row), flush=True)
+    work({name(*case): partial(report, *case) for case in cases()})

@@ -4,8 +4,7 @@ Runs in its own process, because Triton either compiles or interprets for the li
 """
 
 import dataclasses
-import json
-import sys
+from functools import partial
 
 import torch
 
@@ -14,6 +13,7 @@ from fused_resnet.problem import ConvProblem
 from fused_resnet.testing import aot
 from fused_resnet.testing.cases import conv
 from tests.gate import compile_tiles
+from tests.gate.workers import work
 
 # One layer of each kind in ResNet-50 and ResNet-18 at batch 64, whose candidates hold every shape of tile, and what
 # costs registers beside it.
@@ -41,14 +41,8 @@ def report(problem: ConvProblem, tile: legal.Tile) -> dict:
     given = compile_tiles.operands(problem)
     y = torch.empty(problem.output_shape, dtype=given.x.dtype, device="meta", memory_format=torch.channels_last)
     kernel, _, arguments = conv_bn_act_ws.bind(problem, given, y, tile)
-    return {"name": name(problem, tile), **dataclasses.asdict(aot.check(kernel, arguments, 90, tile.options))}
+    return dataclasses.asdict(aot.check(kernel, arguments, 90, tile.options))
 
 
 if __name__ == "__main__":
-    share, of = map(int, sys.argv[1:])
-    for problem, tile in cases()[share::of]:
-        try:
-            row = report(problem, tile)
-        except Exception as error:
-            row = {"name": name(problem, tile), "error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(row), flush=True)
+    work({name(*case): partial(report, *case) for case in cases()})

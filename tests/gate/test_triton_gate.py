@@ -1,43 +1,17 @@
 """Every shipped tile, compiled without a GPU for sm_80 and sm_90: the instructions it declares, no spills, memory."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from fused_resnet.kernels.triton import legal, stem, tiles
 from fused_resnet.testing import aot
 from tests.gate import compile_tiles
+from tests.gate.workers import clean, tensor_cores
 
+COMPILED = compile_tiles
 CASES = compile_tiles.cases()
 # Those that tuning may choose as well.
 CANDIDATES = [case for case in compile_tiles.candidates() if case not in CASES]
 STEMS = compile_tiles.stems()
-ROOT = Path(__file__).parents[2]
-WORKERS = 2
-
-
-@pytest.fixture(scope="session")
-def reports(tmp_path_factory):
-    """name -> what the compiler made of it; compiled afresh, in processes where Triton does not interpret."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    folder = tmp_path_factory.mktemp("reports")
-    workers = []
-    for share in range(WORKERS):
-        with open(folder / f"{share}.jsonl", "w") as out, open(folder / f"{share}.err", "w") as err:
-            command = [sys.executable, "-m", compile_tiles.__name__, str(share), str(WORKERS)]
-            workers.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=err))
-    rows = {}
-    for share, worker in enumerate(workers):
-        assert worker.wait() == 0, (folder / f"{share}.err").read_text()[-2000:]
-        for line in (folder / f"{share}.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            rows[row.pop("name")] = row
-    return rows
 
 
 def test_the_cases_cover_every_row_of_the_table():
@@ -58,13 +32,9 @@ def test_a_kernel_made_for_the_interpreter_is_not_compiled():
 @pytest.mark.parametrize(("arch", "problem", "tile"), [case[1:] for case in CASES + CANDIDATES],
                          ids=[f"{bucket}-{compile_tiles.name(*case)}" for bucket, *case in CASES + CANDIDATES])
 def test_tile(arch, problem, tile, reports):
-    report = reports[compile_tiles.name(arch, problem, tile)]
-    assert "error" not in report, report["error"]
+    report = clean(reports[compile_tiles.name(arch, problem, tile)])
     count = report["count"]
-    found = {name for name in ("HGMMA", "HMMA") if count[name]}
-    assert found == {tile.instruction(problem.dtype, arch)} - {""}, "tensor-core instructions"
-    assert count["LDL"] + count["STL"] + report["spill_bytes"] + report["stack_bytes"] == 0, "registers spilled"
-    assert not report["serialized"], "ptxas serialised the wgmma pipeline"
+    assert tensor_cores(report) == {tile.instruction(problem.dtype, arch)} - {""}, "tensor-core instructions"
     # What serves sm_80 serves the chips with less shared memory too, wherever `legal` says so.
     for other in {arch} | ({86, 89} if arch == 80 else set()):
         if legal.legal(tile, problem, other) is None:
@@ -92,13 +62,10 @@ def test_the_stems_cover_every_shipped_tile():
 
 @pytest.mark.parametrize(("arch", "problem", "tile"), STEMS, ids=[compile_tiles.name(*case) for case in STEMS])
 def test_stem(arch, problem, tile, reports):
-    report = reports[compile_tiles.name(arch, problem, tile)]
-    assert "error" not in report, report["error"]
+    report = clean(reports[compile_tiles.name(arch, problem, tile)])
     count = report["count"]
     instruction = "" if problem.dtype == "fp32" else "HGMMA" if arch == 90 else "HMMA"
-    assert {name for name in ("HGMMA", "HMMA") if count[name]} == {instruction} - {""}, "tensor-core instructions"
-    assert count["LDL"] + count["STL"] + report["spill_bytes"] + report["stack_bytes"] == 0, "registers spilled"
+    assert tensor_cores(report) == {instruction} - {""}, "tensor-core instructions"
     assert count["LDGSTS"], "the image is not loaded ahead"
-    assert not report["serialized"], "ptxas serialised the wgmma pipeline"
     assert report["shared_bytes"] <= stem.shared(tile, problem, arch), "`legal` judges by an estimate that is too low"
     assert report["shared_bytes"] <= legal.SHARED_LIMIT[legal.arch_class(arch)]
