@@ -39,7 +39,7 @@ gate: $(VENV)/.all  ## the compile gates and the larger sweeps (25 minutes on 2 
 
 lint: $(VENV)/.all  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
-	$(BIN)/mypy fused_resnet
+	$(BIN)/mypy
 	@sources=$$(find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null); \
 	if [ -n "$$sources" ]; then echo "clang-format --dry-run csrc"; $(BIN)/clang-format --dry-run --Werror $$sources; fi
 

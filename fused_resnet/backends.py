@@ -68,7 +68,7 @@ class _State(threading.local):
 
 _state = _State()
 _references: dict[str, Callable[[Any, Any], Any]] = {}
-_choices: dict[tuple, Choice] = {}
+_choices: dict[tuple[Any, ...], Choice] = {}
 _broken: dict[str, str] = {}  # key of a verdict -> the verdict
 _lock = threading.Lock()
 

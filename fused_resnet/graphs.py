@@ -169,7 +169,7 @@ class _Snapshot:
         modules = list(model.modules())
         self._device = device.type
         self._children = [(m._modules, dict(m._modules)) for m in modules]
-        self._tables: list[dict] = [table for m in modules for table in (m._parameters, m._buffers)]
+        self._tables: list[dict[str, Any]] = [table for m in modules for table in (m._parameters, m._buffers)]
         self._stamp = self._now()
         # `.to()` and `.data =` exchange the memory of a tensor: an alias keeps what it had.
         self._alive = [t.detach() for t in self._tensors()]
@@ -177,7 +177,7 @@ class _Snapshot:
     def _tensors(self) -> list[torch.Tensor]:
         return [t for table in self._tables for t in table.values() if t is not None]
 
-    def _now(self) -> tuple:
+    def _now(self) -> tuple[Any, ...]:
         tensors = self._tensors()
         try:
             versions = list(map(_version, tensors))

@@ -154,7 +154,7 @@ class CifarResNet(_Trunk):
 
 
 def cifar_resnet(depth: int, num_classes: int = 10, in_channels: int = 3, block: Block = BasicBlock,
-                 **options) -> CifarResNet:
+                 **options: Any) -> CifarResNet:
     """A ResNet for CIFAR of any depth: 20, 32, 44, 56, 110 and 1202 in the paper.
 
     Args:
@@ -174,47 +174,47 @@ def cifar_resnet(depth: int, num_classes: int = 10, in_channels: int = 3, block:
     return CifarResNet(block, blocks, num_classes, in_channels, **options)
 
 
-def resnet18(**options) -> ResNet:
+def resnet18(**options: Any) -> ResNet:
     """ResNet-18; options are those of `ResNet`."""
     return ResNet(BasicBlock, (2, 2, 2, 2), **options)
 
 
-def resnet34(**options) -> ResNet:
+def resnet34(**options: Any) -> ResNet:
     """ResNet-34; options are those of `ResNet`."""
     return ResNet(BasicBlock, (3, 4, 6, 3), **options)
 
 
-def resnet50(**options) -> ResNet:
+def resnet50(**options: Any) -> ResNet:
     """ResNet-50; options are those of `ResNet`."""
     return ResNet(Bottleneck, (3, 4, 6, 3), **options)
 
 
-def resnet101(**options) -> ResNet:
+def resnet101(**options: Any) -> ResNet:
     """ResNet-101; options are those of `ResNet`."""
     return ResNet(Bottleneck, (3, 4, 23, 3), **options)
 
 
-def resnet152(**options) -> ResNet:
+def resnet152(**options: Any) -> ResNet:
     """ResNet-152; options are those of `ResNet`."""
     return ResNet(Bottleneck, (3, 8, 36, 3), **options)
 
 
-def resnext50_32x4d(**options) -> ResNet:
+def resnext50_32x4d(**options: Any) -> ResNet:
     """ResNeXt-50 of 32 groups, 4 channels wide (arXiv:1611.05431); options are those of `ResNet`."""
     return ResNet(Bottleneck, (3, 4, 6, 3), **{"groups": 32, "width_per_group": 4, **options})
 
 
-def resnext101_32x8d(**options) -> ResNet:
+def resnext101_32x8d(**options: Any) -> ResNet:
     """ResNeXt-101 of 32 groups, 8 channels wide (arXiv:1611.05431); options are those of `ResNet`."""
     return ResNet(Bottleneck, (3, 4, 23, 3), **{"groups": 32, "width_per_group": 8, **options})
 
 
-def wide_resnet50_2(**options) -> ResNet:
+def wide_resnet50_2(**options: Any) -> ResNet:
     """Wide ResNet-50-2 (arXiv:1605.07146); options are those of `ResNet`."""
     return ResNet(Bottleneck, (3, 4, 6, 3), **{"width_per_group": 128, **options})
 
 
-def wide_resnet101_2(**options) -> ResNet:
+def wide_resnet101_2(**options: Any) -> ResNet:
     """Wide ResNet-101-2 (arXiv:1605.07146); options are those of `ResNet`."""
     return ResNet(Bottleneck, (3, 4, 23, 3), **{"width_per_group": 128, **options})
 

@@ -144,7 +144,7 @@ class Table:
 
     def __init__(self, rows: Iterable[Any] = (), source: str = "the tuned rows"):
         self._exact: dict[tuple[str, str], dict[str, Any]] = {}
-        self._known: dict[tuple[str, tuple], list[tuple[ConvProblem, dict[str, Any]]]] = {}
+        self._known: dict[tuple[str, tuple[Any, ...]], list[tuple[ConvProblem, dict[str, Any]]]] = {}
         wrong = 0
         for row in rows:
             if not _is_row(row):
@@ -199,7 +199,7 @@ def _is_row(row: Any) -> bool:
             and isinstance(row.get("tile"), dict | None))
 
 
-def _kind(p: ConvProblem) -> tuple:
+def _kind(p: ConvProblem) -> tuple[Any, ...]:
     """What two problems must share for one's kernel and tile to suit the other."""
     return (p.device, p.dtype, p.R, p.S, p.stride, p.dilation, p.groups == 1, p.depthwise, p.residual,
             bool(p.prologue), EPILOGUE[p.activation])

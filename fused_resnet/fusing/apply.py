@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import fx, nn
@@ -17,6 +18,7 @@ from fused_resnet.fusing.plan import NO_ROUTE, Plan, detach
 from fused_resnet.fusing.route import Route
 
 NOTES = "_fused_resnet_notes"
+Model = TypeVar("Model", bound=nn.Module)
 NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -28,9 +30,9 @@ class Notes:
     modules: dict[str, str] = field(default_factory=dict)  # name of a module -> why it has no plan
 
 
-def fuse(model: nn.Module, *, inplace: bool = False, filter: Callable[[str, nn.Module], bool] | None = None,
+def fuse(model: Model, *, inplace: bool = False, filter: Callable[[str, nn.Module], bool] | None = None,
          strict: bool = False, memory_format: torch.memory_format | None = None,
-         tune: bool | float = False, recompute: bool | None = None) -> nn.Module:
+         tune: bool | float = False, recompute: bool | None = None) -> Model:
     """Gives every module whose forward is understood a plan that runs convolution + norm + add + activation at once.
 
     Modules, classes, parameters and state-dict keys stay; only how `forward` is carried out changes: in
@@ -82,7 +84,7 @@ def fuse(model: nn.Module, *, inplace: bool = False, filter: Callable[[str, nn.M
     return fused
 
 
-def unfuse(model: nn.Module) -> nn.Module:
+def unfuse(model: Model) -> Model:
     """Takes every plan off `model` (in place) and returns it: the stock model with the same parameters."""
     for module in model.modules():
         detach(module)
@@ -136,7 +138,8 @@ def _attach(model: nn.Module, allowed: Callable[[str, nn.Module], bool] | None, 
             plan.attach()
 
 
-def _plan(module: nn.Module, twin: nn.Module, opaque: set[str], keep: bool, prefix: str) -> tuple[Plan | None, dict]:
+def _plan(module: nn.Module, twin: nn.Module, opaque: set[str], keep: bool,
+          prefix: str) -> tuple[Plan | None, dict[str, str]]:
     captured = capture(twin, opaque)
     graph = captured.graph
     spare = _copy(graph)

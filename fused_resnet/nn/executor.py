@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
@@ -291,10 +291,18 @@ def survey(module: nn.Module) -> _Survey:
     return found
 
 
-Forward = Callable[[Any, torch.Tensor], torch.Tensor]
+Forward = TypeVar("Forward", bound=Callable[..., torch.Tensor])
 
 
-def planned(forward: Forward | None = None, *, convert: bool = True) -> Any:
+@overload
+def planned(forward: Forward) -> Forward: ...
+
+
+@overload
+def planned(*, convert: bool) -> Callable[[Forward], Forward]: ...
+
+
+def planned(forward: Any = None, *, convert: bool = True) -> Any:
     """Makes a block's forward a region: guards once, channels_last inside, stock's strides outside.
 
     Args:
