@@ -14,11 +14,6 @@ CEILINGS = Ceilings(gflops=100.0, gbytes=10.0)
 JOB = Job("tiny", 2, "fp32", "cpu")
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(timing, "PAUSE", 0.0)
-
-
 @pytest.fixture(scope="module")
 def tiny():
     torch.manual_seed(0)

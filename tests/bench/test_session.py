@@ -16,17 +16,6 @@ from fused_resnet.cli import bench as command
 from tests.test_graphs import Fake
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(timing, "PAUSE", 0.0)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    torch.manual_seed(0)
-    return models.cifar_resnet(8).eval()
-
-
 @pytest.fixture(scope="module")
 def images():
     return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ from torch import nn
 
 import fused_resnet as fr
 from benchmarks import tables
-from fused_resnet import backends, models, numerics, timing
+from fused_resnet import backends, models, numerics
 from fused_resnet import nn as ours
 from fused_resnet.bench import providers, results, session, stock
 from fused_resnet.bench.providers import TRAINING, Provider
@@ -20,17 +20,6 @@ from fused_resnet.bench.training import Step, Training
 from fused_resnet.cli import bench as command
 
 NAMES = ["eager", "eager_channels_last", "fused", "fused_recompute"]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(timing, "PAUSE", 0.0)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    torch.manual_seed(0)
-    return models.cifar_resnet(8).eval()
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from fused_resnet.kernels.triton import conv_bn_act_tma as tma
 from fused_resnet.kernels.triton import tiles
 from fused_resnet.kernels.triton.epilogue import activate, finish, fold
 from fused_resnet.kernels.triton.launch import arch_of, launch
-from fused_resnet.kernels.triton.legal import TMA, WS, Tile, cdiv, flat, legal
+from fused_resnet.kernels.triton.legal import TMA, WS, Tile, cdiv, chosen, flat, legal
 from fused_resnet.kernels.triton.tiles import pick
 from fused_resnet.kernels.triton.window import advance, elementwise, in_image, locate
 from fused_resnet.problem import ACTIVATIONS, ConvOperands, ConvProblem
@@ -332,10 +332,7 @@ def forward(problem: ConvProblem, operands: ConvOperands, tile: Tile | None = No
     """
     x = operands.x
     arch = arch_of(x.device)
-    if tile is None:
-        tile = pick(problem, arch)
-    elif reason := legal(tile, problem, arch):
-        raise ValueError(f"{tile} cannot run {problem.id} on sm_{arch}: {reason}")
+    tile = chosen(tile, problem, arch, pick, legal)
     if tile.kernel in (*TMA, WS) and not tma.aligned(operands):
         tile = pick(problem, arch)
     y = torch.empty(problem.output_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -25,7 +25,7 @@ from fused_resnet.kernels.triton import conv_bn_act_tma as tma
 from fused_resnet.kernels.triton.conv_bn_act import SIZES, narrow_tile, packed_weight, sum_products
 from fused_resnet.kernels.triton.epilogue import fold
 from fused_resnet.kernels.triton.launch import arch_of, launch
-from fused_resnet.kernels.triton.legal import Tile, cdiv
+from fused_resnet.kernels.triton.legal import Tile, cdiv, chosen
 from fused_resnet.kernels.triton.norm import store_moments, vector
 from fused_resnet.problem import ConvOperands, ConvProblem
 
@@ -239,10 +239,7 @@ def forward(problem: ConvProblem, operands: ConvOperands, tile: Tile | None = No
     """
     p, x = problem, operands.x
     arch = arch_of(x.device)
-    if tile is None:
-        tile = pick(p, arch)
-    elif reason := lawful(tile, p, arch):
-        raise ValueError(f"{tile} cannot run {p.id} on sm_{arch}: {reason}")
+    tile = chosen(tile, p, arch, pick, lawful)
     if tile.kernel == "gemm1x1" and not tma.aligned(operands):
         tile = pick(p, arch)
     if p.prologue:

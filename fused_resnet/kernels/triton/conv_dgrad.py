@@ -26,7 +26,7 @@ from fused_resnet.kernels.packing import packed
 from fused_resnet.kernels.triton import grad
 from fused_resnet.kernels.triton.grad import du_vectors, load_du
 from fused_resnet.kernels.triton.launch import arch_of, launch
-from fused_resnet.kernels.triton.legal import Tile, arch_class, cdiv, dtype_class, power_of_two
+from fused_resnet.kernels.triton.legal import Tile, arch_class, cdiv, chosen, dtype_class, power_of_two
 from fused_resnet.kernels.triton.norm import bit_of, inverse_std, normalise, passes, vector
 from fused_resnet.kernels.triton.window import in_image
 from fused_resnet.problem import ConvProblem, GradOperands
@@ -292,10 +292,7 @@ def forward(problem: ConvProblem, operands: GradOperands,
     """
     p, dy = problem, operands.dy
     arch = arch_of(dy.device)
-    if tile is None:
-        tile = pick(p, arch)
-    if reason := legal(tile, p, arch):
-        raise ValueError(f"{tile} cannot run {p.id} on sm_{arch}: {reason}")
+    tile = chosen(tile, p, arch, pick, legal)
     dx = torch.empty((p.N, p.C, p.H, p.W), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
     if not p.prologue:
         launch(*bind(p, operands, dx, None, tile), dy.device, tile.options)

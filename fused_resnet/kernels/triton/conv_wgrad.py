@@ -26,7 +26,7 @@ from fused_resnet.kernels.triton import grad
 from fused_resnet.kernels.triton.epilogue import activate
 from fused_resnet.kernels.triton.grad import du_vectors, load_du
 from fused_resnet.kernels.triton.launch import arch_of, launch
-from fused_resnet.kernels.triton.legal import Tile, arch_class, cdiv, dtype_class, power_of_two
+from fused_resnet.kernels.triton.legal import Tile, arch_class, cdiv, chosen, dtype_class, power_of_two
 from fused_resnet.kernels.triton.norm import affine, forward_vectors
 from fused_resnet.kernels.triton.tiles import FILL
 from fused_resnet.kernels.triton.window import in_image
@@ -241,10 +241,7 @@ def forward(problem: ConvProblem, operands: GradOperands, tile: Tile | None = No
     """
     p, dy = problem, operands.dy
     arch = arch_of(dy.device)
-    if tile is None:
-        tile = pick(p, arch)
-    if reason := legal(tile, p, arch):
-        raise ValueError(f"{tile} cannot run {p.id} on sm_{arch}: {reason}")
+    tile = chosen(tile, p, arch, pick, legal)
     shape = (p.K, p.R, p.S, p.C // p.groups)
     sums = torch.empty((parts(p, tile), *shape), dtype=torch.float32, device=dy.device)
     launch(*bind(p, operands, sums, tile), dy.device, tile.options)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from fused_resnet.kernels.triton.bn_act_sums import ADD_OPTIONS, add_parts
 from fused_resnet.kernels.triton.launch import launch
-from fused_resnet.kernels.triton.legal import SHARED_LIMIT, Tile, arch_class, cdiv, power_of_two
+from fused_resnet.kernels.triton.legal import SHARED_LIMIT, Tile, arch_class, cdiv, power_of_two, unfit
 from fused_resnet.kernels.triton.norm import backward_vectors, through_norm
 from fused_resnet.problem import ELEMENT_BYTES, ConvProblem, GradOperands
 
@@ -98,17 +98,10 @@ def shared(tile: Tile, problem: ConvProblem) -> int:
 
 def legal(kernel: str, tile: Tile, problem: ConvProblem, arch: int, steps: int = 1) -> str | None:
     """Why `tile` cannot compute `problem` with `kernel` on `arch`, or None; `steps` are what SPLIT_K may share out."""
-    if arch < 80:
-        return f"sm_{arch} is older than sm_80"
     if tile.kernel != kernel:
         return f"it is a tile of {tile.kernel!r}, not of {kernel!r}"
-    for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"):
-        size = getattr(tile, name)
-        if size < 1 or size & (size - 1) or (name.startswith("BLOCK") and size < 16):
-            return f"{name}={size} is no power of two" + (" from 16 on" if name.startswith("BLOCK") else "")
-    sums = tile.BLOCK_M * tile.BLOCK_N // (32 * tile.num_warps)
-    if sums > 128:
-        return f"{sums} sums in the registers of one thread, more than 128"
+    if reason := unfit(tile, arch):
+        return reason
     if not 1 <= tile.SPLIT_K <= max(steps, 1):
         return f"SPLIT_K={tile.SPLIT_K} of {steps} steps"
     rows = tile.BLOCK_N if tile.SWAP else tile.BLOCK_M

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from fused_resnet.problem import ELEMENT_BYTES, ConvProblem
 
@@ -128,14 +130,24 @@ def box(problem: ConvProblem, pixels: int) -> tuple[int, int, int]:
     return min(shapes, key=cost)
 
 
-def legal(tile: Tile, problem: ConvProblem, arch: int) -> str | None:
-    """Why `tile` cannot compute `problem` on `arch`, or None."""
+@functools.lru_cache(maxsize=4096)
+def chosen(tile: Tile | None, problem: Any, arch: int, pick: Callable[[Any, int], Tile],
+           why_not: Callable[[Tile, Any, int], str | None]) -> Tile:
+    """The given tile, by default the one that `pick` names.
+
+    Raises:
+        ValueError: `why_not` has a reason why the tile cannot run the problem.
+    """
+    tile = tile or pick(problem, arch)
+    if reason := why_not(tile, problem, arch):
+        raise ValueError(f"{tile} cannot run {problem.id} on sm_{arch}: {reason}")
+    return tile
+
+
+def unfit(tile: Tile, arch: int) -> str | None:
+    """Why no kernel of matrix products can have such a tile on `arch`, or None."""
     if arch < 80:
         return f"sm_{arch} is older than sm_80"
-    if tile.kernel not in ("gemm", "grouped", "depthwise", *TMA, WS):
-        return f"there is no kernel {tile.kernel!r}"
-    if tile.kernel == "depthwise" and not problem.depthwise:
-        return "the depthwise kernel needs one input channel a group"
     for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"):
         size = getattr(tile, name)
         if size < 1 or size & (size - 1) or (name.startswith("BLOCK") and size < 16):
@@ -143,6 +155,18 @@ def legal(tile: Tile, problem: ConvProblem, arch: int) -> str | None:
     sums = tile.BLOCK_M * tile.BLOCK_N // (32 * tile.num_warps)
     if sums > 128:
         return f"{sums} sums in the registers of one thread, more than 128"
+    return None
+
+
+def legal(tile: Tile, problem: ConvProblem, arch: int) -> str | None:
+    """Why `tile` cannot compute `problem` on `arch`, or None."""
+    if tile.kernel not in ("gemm", "grouped", "depthwise", *TMA, WS):
+        return f"there is no kernel {tile.kernel!r}"
+    if tile.kernel == "depthwise" and not problem.depthwise:
+        return "the depthwise kernel needs one input channel a group"
+    if reason := unfit(tile, arch):
+        return reason
+    sums = tile.BLOCK_M * tile.BLOCK_N // (32 * tile.num_warps)
     if tile.kernel == "gemm" and problem.device == "cuda":
         residual = problem.residual and tile.SPLIT_K == 1
         if sums > 64 and (problem.prologue or residual):

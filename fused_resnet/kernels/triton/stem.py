@@ -22,7 +22,7 @@ import triton.language as tl
 from fused_resnet.kernels.packing import packed
 from fused_resnet.kernels.triton.epilogue import activate, fold
 from fused_resnet.kernels.triton.launch import arch_of, launch, multiprocessors
-from fused_resnet.kernels.triton.legal import SHARED_LIMIT, Tile, arch_class, cdiv, dtype_class, power_of_two
+from fused_resnet.kernels.triton.legal import SHARED_LIMIT, Tile, arch_class, cdiv, chosen, dtype_class, power_of_two
 from fused_resnet.kernels.triton.window import in_image
 from fused_resnet.problem import ACTIVATIONS, ELEMENT_BYTES, ConvOperands, ConvProblem
 
@@ -257,10 +257,7 @@ def forward(problem: ConvProblem, operands: ConvOperands, tile: Tile | None = No
     """
     x = operands.x
     arch = arch_of(x.device)
-    if tile is None:
-        tile = pick(problem, arch)
-    elif reason := legal(tile, problem, arch):
-        raise ValueError(f"{tile} cannot run {problem.id} on sm_{arch}: {reason}")
+    tile = chosen(tile, problem, arch, pick, legal)
     y = torch.empty(problem.output_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if y.numel():
         kernel, programs, arguments = bind_pack(problem, operands)
