@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from fused_resnet import backends
 from fused_resnet.library import register_fake
+from fused_resnet.settings import switched
 
 PARTS = ("cpu", "cuda")
 FOLDER = Path(__file__).parent
@@ -42,13 +42,19 @@ def missing(part: str) -> str | None:
     return reason
 
 
+def refusal(part: str) -> str | None:
+    """`missing`, for whoever does not know what a part is a part of."""
+    reason = missing(part)
+    return reason and f"the native library's {part.upper()} part: {reason}"
+
+
 def path_of(part: str) -> Path:
     """Where the part's library is, if it was built."""
     return FOLDER / f"_C_{part}.so"
 
 
 def _missing(part: str) -> str | None:
-    if backends.setting("SKIP_LOADING") not in ("", "0"):
+    if switched("SKIP_LOADING"):
         return "FUSED_RESNET_SKIP_LOADING is set"
     if tuple(int(number) for number in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
         return f"the library needs torch 2.11 or newer, this is {torch.__version__}"

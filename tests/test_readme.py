@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tables
-from fused_resnet import backends
+from fused_resnet import settings
 from fused_resnet.bench.results import FIELDS
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +39,7 @@ def test_links_lead_somewhere():
 
 
 def test_every_environment_variable_is_explained():
-    named = set(re.findall(r"FUSED_RESNET_[A-Z_]+", Path(backends.__file__).read_text()))
+    named = set(re.findall(r"FUSED_RESNET_[A-Z_]+", Path(settings.__file__).read_text()))
     assert {name for name in named if name not in README} == set()
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import shutil
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from fused_resnet import native
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
+BUILT: list[Path] = []  # the CPU part, once a session, whichever folder of tests asks first
 
 
 def module_from(name, path):
@@ -28,26 +30,44 @@ def setup_script():
     return module_from("fused_resnet_setup", ROOT / "setup.py")
 
 
-def compile_emulation(sources, target):
-    """Builds the test module from the csrc folder `sources`; returns its file."""
+def compile_emulation(sources, folder, objects=()):
+    """Builds the test module from the csrc folder `sources`; returns its file.
+
+    Args:
+        sources: the csrc folder.
+        folder: where the module and its object files go.
+        objects: object files that another build has made, which are taken as they are.
+    """
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed")
     compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
     includes = [f"-I{path}" for path in (sources, pybind11.get_include(), sysconfig.get_paths()["include"])]
-    subprocess.run([compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror",
-                    "-Wno-unknown-pragmas", *includes, sources / "testing/module.cpp", "-o", target], check=True)
+    made = {path.stem: path for path in objects}
+
+    def compiled(source):
+        target = folder / f"{source.stem}.o"
+        subprocess.run([compiler, "-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+                        *includes, "-c", source, "-o", target], check=True, capture_output=True, text=True)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        missing = [source for source in sorted(sources.glob("testing/*.cpp")) if source.stem not in made]
+        parts = [*made.values(), *pool.map(compiled, missing)]
+    target = folder / "fused_resnet_testing.so"
+    subprocess.run([compiler, "-shared", *parts, "-o", target], check=True)
     return target
 
 
 @pytest.fixture(scope="session")
 def emulation(tmp_path_factory):
     """The module `fused_resnet_testing`: index arithmetic, and the GPU's kernels on the CPU."""
-    target = tmp_path_factory.mktemp("emulation") / "fused_resnet_testing.so"
-    return module_from("fused_resnet_testing", compile_emulation(CSRC, target))
+    return module_from("fused_resnet_testing", compile_emulation(CSRC, tmp_path_factory.mktemp("emulation")))
 
 
 @pytest.fixture(scope="session")
 def library(setup_script, tmp_path_factory):
     """The CPU part, built from this tree and loaded; what an earlier test has loaded stays."""
+    if BUILT:
+        return BUILT[0]
     folder = tmp_path_factory.mktemp("native")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FUSED_RESNET_SKIP_CUDA", "1")
@@ -59,4 +79,5 @@ def library(setup_script, tmp_path_factory):
         native.FOLDER = folder
         native.missing.cache_clear()
     assert native.missing("cpu") is None
-    return folder / "_C_cpu.so"
+    BUILT.append(folder / "_C_cpu.so")
+    return BUILT[0]

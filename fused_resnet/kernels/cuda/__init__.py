@@ -1,0 +1,1 @@
+"""The native library's CUDA part, called from Python."""

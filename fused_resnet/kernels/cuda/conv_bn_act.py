@@ -1,0 +1,122 @@
+"""conv + BN + residual + activation in one launch of the native library's `_conv_bn_act`.
+
+A tile names one of its kernels, "mma" (mma.sync, from sm_80 on) or "sm90" (wgmma and TMA), with the pixels and the
+filters of a block. The norm's vectors are read live; weights are KRSC, which is what channels_last weights are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fused_resnet import native
+from fused_resnet.kernels import raw
+from fused_resnet.kernels.cuda.native import FOLDED, aligned, capability, needs_finite, weight_of, widened
+from fused_resnet.problem import ACTIVATIONS, ConvOperands, ConvProblem
+
+DTYPES = ("bf16", "fp16")
+VECTORS = ("bias", "gamma", "beta", "mean", "var", "pre_gamma", "pre_beta", "pre_mean", "pre_var")
+LARGEST = 2**30  # of a size, and of the terms of a sum
+CHUNK = 8  # channels of one load
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A row of the library's table."""
+
+    kernel: str
+    BLOCK_M: int  # pixels of a block
+    BLOCK_N: int  # filters of a block
+    label: str = "heuristic"
+
+    @classmethod
+    def named(cls, name: str) -> Tile:
+        """The tile of an entry of `native.CONV_TILES`."""
+        kernel, _, sizes = name.rpartition("_")
+        pixels, _, filters = sizes.partition("x")
+        return cls(kernel, int(pixels), int(filters))
+
+    def __str__(self) -> str:
+        return f"{self.kernel}_{self.BLOCK_M}x{self.BLOCK_N}"
+
+    @functools.cached_property
+    def index(self) -> int:
+        """Its place in the table.
+
+        Raises:
+            ValueError: the library has no such tile.
+        """
+        if str(self) not in native.CONV_TILES:
+            raise ValueError(f"the library has no tile {self}, but {', '.join(native.CONV_TILES)}")
+        return native.CONV_TILES.index(str(self))
+
+
+def refuse(problem: ConvProblem) -> str | None:
+    """Why these kernels cannot run `problem`, or None."""
+    p = problem
+    if p.dtype not in DTYPES:
+        return f"computes {' and '.join(DTYPES)}, not {p.dtype}"
+    for activation in (p.activation, p.prologue or "identity"):
+        if activation not in ACTIVATIONS:
+            return f"has no activation {activation!r}"
+    if p.prologue:
+        return "has no prologue"
+    if p.groups > 1 or p.C % CHUNK:
+        return f"takes one group and channels in eights, not C = {p.C}, groups = {p.groups}"
+    if max(p.N, p.C, p.H, p.W, p.K, p.P, p.Q, p.depth) >= LARGEST:
+        return "a size or a sum is longer than 2^30"
+    return raw.refuse("cuda", "conv_bn_act", p.device)
+
+
+def legal(tile: Tile, problem: ConvProblem, arch: int) -> str | None:
+    """Why `tile` cannot run `problem` on compute capability `arch`, or None."""
+    if str(tile) not in native.CONV_TILES:
+        return f"the library has no tile {tile}"
+    if tile.kernel == "sm90" and arch // 10 != 9:
+        return f"wgmma and TMA are those of sm_90, not of sm_{arch}"
+    return None
+
+
+def candidates(problem: ConvProblem, arch: int | None = None) -> list[Tile | None]:
+    """The tiles worth measuring: wgmma's first, where they are; without the widest beside few filters.
+
+    Args:
+        problem: what is computed.
+        arch: compute capability without the dot; by default the current GPU's.
+    """
+    arch = arch or capability()
+    found = [tile for tile in map(Tile.named, native.CONV_TILES) if legal(tile, problem, arch) is None]
+    least = min(tile.BLOCK_N for tile in found)
+    worth = [tile for tile in found if tile.BLOCK_N < 2 * problem.K or tile.BLOCK_N == least]
+    return sorted(worth, key=lambda tile: tile.kernel != "sm90")  # type: ignore[arg-type,return-value]
+
+
+def with_tile(tile: dict[str, Any]) -> Callable[[ConvProblem, ConvOperands], torch.Tensor]:
+    """`forward` with the tile of a tuned row."""
+    return functools.partial(forward, tile=Tile(**tile))
+
+
+def forward(problem: ConvProblem, o: ConvOperands, tile: Tile | None = None) -> torch.Tensor:
+    """One launch.
+
+    Args:
+        problem: what is computed; `refuse(problem)` must be None.
+        o: x and residual dense in channels_last memory; vectors in any float dtype.
+        tile: a tuned tile; by default the library's own rule decides.
+
+    Returns:
+        [N, K, P, Q] in x's dtype, channels_last, newly allocated.
+
+    Raises:
+        ValueError: the library has no such tile.
+        RuntimeError: the tile cannot run this problem.
+    """
+    o = widened(o, VECTORS)._replace(x=aligned(o.x), weight=weight_of(o))
+    return raw.conv_bn_act(problem, o, raw.ANY_TILE if tile is None else tile.index)
+
+
+__all__ = ["FOLDED", "candidates", "forward", "needs_finite", "refuse", "with_tile"]

@@ -1,0 +1,92 @@
+"""The native library among the backends: never a default, chosen where it was measured, refused with a reason."""
+
+import pytest
+import torch
+
+from fused_resnet import backends, native
+from fused_resnet.kernels.cuda import native as cuda
+from fused_resnet.ops import bn_act  # noqa: F401 - registers its families
+from fused_resnet.problem import NormProblem
+from fused_resnet.testing.cases import conv
+from fused_resnet.tuning import Table
+from tests.test_backends import FAMILY, fresh, launch  # noqa: F401 - a fixture
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+LAYER = conv(64, 64, 14, residual=True, n=8)._replace(device="cuda", dtype="bf16")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a Hopper GPU whose native library is there, as far as the chooser can see; nothing can launch."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
+    monkeypatch.setattr(native, "missing", lambda part: None)
+    monkeypatch.setattr(backends, "device_name", lambda device: "GPU")
+    table = Table()
+    monkeypatch.setattr(backends, "_table", lambda device: table)
+    cuda.capability.cache_clear()
+    yield table
+    cuda.capability.cache_clear()
+
+
+def test_the_native_library_is_offered_and_no_default(gpu):
+    assert backends.available()["cuda"] is None and dict(backends.explain(LAYER))["cuda"] is None
+    for problem in (LAYER, LAYER._replace(activation="silu")):
+        assert backends.choose(FAMILY, problem).name != "cuda"
+    assert not any("cuda" in names for names in backends.HEURISTIC.values())
+    with backends.use("cuda"):
+        choice = backends.choose(FAMILY, LAYER)
+    assert (choice.name, choice.label, choice.tile) == ("cuda", "forced", None)
+    assert not choice.folded and not choice.trusted
+
+
+def test_a_tuned_tile_of_the_native_library_is_chosen_and_judged_like_any_other(gpu):
+    tile = {"kernel": "sm90", "BLOCK_M": 128, "BLOCK_N": 64, "label": "heuristic"}
+    backends.adopt(FAMILY, LAYER, {"backend": "cuda", "tile": tile})
+    choice = backends.choose(FAMILY, LAYER)
+    assert (choice.name, choice.label, choice.tile) == ("cuda", "tuned", tile)
+    backends.adopt(FAMILY, LAYER, {"backend": "cuda", "tile": {**tile, "BLOCK_N": 512}})
+    with pytest.warns(UserWarning, match="cuda has no such tile for it"):
+        assert backends.choose(FAMILY, LAYER).name == "cudnn"
+
+
+def test_a_shipped_row_of_the_native_library_serves_its_neighbours(gpu, monkeypatch):
+    tile = {"kernel": "mma", "BLOCK_M": 128, "BLOCK_N": 64, "label": "tuned"}
+    table = Table([{"family": FAMILY, "problem": LAYER.id, "backend": "cuda", "ms": 1.0, "label": "measured",
+                    "tile": tile}])
+    monkeypatch.setattr(backends, "_table", lambda device: table)
+    backends.reset()
+    for problem, label in ((LAYER, "shipped"), (LAYER._replace(N=9), "nearest")):
+        choice = backends.choose(FAMILY, problem)
+        assert (choice.name, choice.label, choice.tile) == ("cuda", label, tile)
+
+
+@pytest.mark.parametrize(("capability", "missing", "word"), [
+    ((7, 5), None, "8.0 or newer"), ((9, 0), "nvcc was not found while building", "CUDA part: nvcc was not found")])
+def test_a_native_library_that_cannot_run_says_why(gpu, monkeypatch, capability, missing, word):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(native, "missing", lambda part: missing)
+    assert word in backends.available()["cuda"] and word in dict(backends.explain(LAYER))["cuda"]
+    with backends.use("cuda"), pytest.raises(ValueError, match=f"'cuda' cannot run .*{word}"):
+        backends.choose(FAMILY, LAYER)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_the_native_library_is_refused_with_a_reason(monkeypatch):
+    with backends.use("cuda"), pytest.raises(ValueError, match=r"'cuda' cannot run .*no CUDA device is visible"):
+        launch()
+    monkeypatch.setenv("FUSED_RESNET_BACKEND", "cuda")
+    backends.reset()
+    with pytest.raises(ValueError, match="no CUDA device is visible"):
+        launch()
+
+
+@pytest.mark.parametrize("name", ["bn_act", "bn_act_sums", "bn_act_grad"])
+def test_norms_of_training_run_on_the_native_library_where_that_was_measured(gpu, name):
+    problem = NormProblem("cuda", "bf16", 8, 14, 14, 64, shortcut="norm")
+    assert backends.choose(name, problem).name == "reference"
+    backends.adopt(name, problem, {"backend": "cuda", "tile": None})
+    assert backends.choose(name, problem).name == "cuda" and backends.choose(name, problem).label == "tuned"
