@@ -1,33 +1,78 @@
-"""The report: what was fused, what was not, and why."""
+"""The report: what was fused, what was not, and why; as a table, as JSON, as a page."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from fused_resnet import backends
 from fused_resnet.fusing.apply import NOTES, Notes, plans
+from fused_resnet.fusing.steps import Launch
+from fused_resnet.ops import stem
+from fused_resnet.problem import ConvProblem
+
+COLUMNS = ("name", "pattern", "status", "backend", "reason")
+UNWRAPPED = 10_000  # columns of a table that is not printed on a terminal
 
 
 @dataclass(frozen=True)
 class Row:
-    """One convolution of the model."""
+    """One convolution of the model. What is known after the first call only is empty, or 0, before it."""
 
     name: str
     pattern: str  # such as "conv+norm+add+act"; "+maxpool" where the last call gave it to a kernel; "" when skipped
     status: str  # "fused" | "skipped"
-    backend: str  # that ran it last; "" before the first call
+    backend: str  # that ran it last
     reason: str  # why it was skipped; "" when fused
+    label: str = ""  # the rule by which the backend was chosen: forced | tuned | shipped | nearest | heuristic
+    problem: str = ""  # the id of the problem that the last call gave it
+    flops: int = 0  # of that problem
+    bytes: int = 0  # the fewest that it moves
+
+    @property
+    def ran_on(self) -> str:
+        """The backend with the rule that chose it: `cpu (heuristic)`."""
+        return f"{self.backend} ({self.label})" if self.label else self.backend
 
 
-@dataclass(frozen=True)
+@dataclass
+class Node:
+    """A module of the network that is a convolution or holds some."""
+
+    name: str  # the last part of its qualified name; "" for the model
+    kind: str  # its class
+    row: Row | None = None  # of a convolution
+    children: list[Node] = field(default_factory=list)
+
+    def rows(self) -> Iterator[Row]:
+        """Of all convolutions at and below this module."""
+        if self.row is not None:
+            yield self.row
+        for child in self.children:
+            yield from child.rows()
+
+
+@dataclass(frozen=True, repr=False)
 class Report:
-    """Rows in the order of the model, and notes on calls that ran the stock forward."""
+    """Rows in the order of the model, and notes on calls that ran the stock forward.
+
+    It prints as a table, laid out by rich where that is installed; `show()` prints it in colours.
+    """
 
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+    modules: Mapping[str, str] = field(default_factory=dict)  # qualified name -> class; "" is the model
+    problems: Mapping[str, ConvProblem] = field(default_factory=dict)  # id -> problem
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -43,17 +88,116 @@ class Report:
     def fused(self) -> int:
         return sum(row.status == "fused" for row in self.rows)
 
+    @property
+    def counted(self) -> str:
+        """`53 of 53 convolutions fused`"""
+        return f"{self.fused} of {len(self)} convolutions fused"
+
+    def skipped(self) -> dict[str, list[str]]:
+        """Reason -> names of the convolutions that were skipped for it, the most frequent reason first."""
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.status != "fused":
+                found.setdefault(row.reason, []).append(row.name)
+        return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+
+    def tree(self) -> Node:
+        """The network as modules that hold convolutions; every convolution is a leaf with its row."""
+        root = Node("", self.modules.get("", ""))
+        nodes = {"": root}
+        for row in self.rows:
+            path = ""
+            for part in row.name.split(".") if row.name else ():
+                above, path = path, f"{path}.{part}" if path else part
+                if path not in nodes:
+                    nodes[path] = Node(part, self.modules.get(path, ""))
+                    nodes[above].children.append(nodes[path])
+            nodes[path].row = row
+        return root
+
     def to_json(self) -> str:
         """{"rows": [...], "notes": [...]}"""
         return json.dumps({"rows": [asdict(row) for row in self.rows], "notes": list(self.notes)}, indent=1)
 
+    def to_html(self, path: str | os.PathLike[str] | None = None, timings: Any = None, *, title: str = "",
+                launches: Mapping[str, Mapping[str, int]] | None = None,
+                environment: Mapping[str, Any] | None = None) -> str:
+        """One HTML page that needs nothing beside it: summary, what was skipped, launches, roofline, network.
+
+        Without `timings` the page shows the FLOPs and bytes of each launch, which are computed, not measured; those
+        are known once the fused model has been called.
+
+        Args:
+            path: a file to write the page to.
+            timings: `fusing.Timings`: measured milliseconds of the launches, and the machine's measured ceilings.
+            title: the model's name; default: its class.
+            launches: {"stock": {...}, "fused": {...}}, operators of one forward by kind, counted by a profiler;
+                default: what the patterns say.
+            environment: what the page says about the machine; default: versions and the device.
+
+        Returns:
+            The page.
+
+        Raises:
+            ValueError: jinja2 is not installed, or `path` cannot be written.
+        """
+        from fused_resnet.fusing import page
+
+        text = page.render(self, timings, title=title, launches=launches, environment=environment)
+        if path is not None:
+            try:
+                Path(path).write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
+        return text
+
+    def show(self) -> None:
+        """Prints the table on stdout, in colours where rich is installed and stdout is a terminal."""
+        if (table := self.__rich__()) is None:
+            print(self)
+            return
+        from rich.console import Console
+
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else UNWRAPPED)
+        console.print(table)
+        for line in (self.counted, *self.notes):
+            console.print(line, markup=False, soft_wrap=True)
+
+    def __rich__(self) -> Any:
+        """The table for `rich.print`; None where rich is not installed."""
+        try:
+            from rich import box
+            from rich.table import Table
+            from rich.text import Text
+        except ModuleNotFoundError:
+            return None
+        shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in COLUMNS:
+            shown.add_column(column, overflow="fold")
+        for row in self.rows:
+            style = "green" if row.status == "fused" else "yellow"
+            shown.add_row(Text(row.name), row.pattern, Text(row.status, style), row.ran_on, Text(row.reason))
+        return shown
+
     def __str__(self) -> str:
-        head = ("name", "pattern", "status", "backend", "reason")
-        table = [head, *((r.name, r.pattern, r.status, r.backend, r.reason) for r in self.rows)]
-        widths = [max(len(line[i]) for line in table) for i in range(4)]
-        lines = ["  ".join([*(line[i].ljust(widths[i]) for i in range(4)), line[4]]).rstrip() for line in table]
-        lines.append(f"{self.fused} of {len(self)} convolutions fused")
-        return "\n".join([*lines, *self.notes])
+        table = self.__rich__() if "utf" in (getattr(sys.stdout, "encoding", "") or "").lower() else None
+        if table is None:
+            return "\n".join([*_plain(self.rows), self.counted, *self.notes])
+        from rich.console import Console
+
+        wide = shutil.get_terminal_size().columns if sys.stdout.isatty() else UNWRAPPED
+        text = io.StringIO()
+        Console(file=text, width=wide, color_system=None).print(table)
+        lines = [line.rstrip() for line in text.getvalue().splitlines()]
+        return "\n".join([*(line for line in lines if line), self.counted, *self.notes])
+
+    __repr__ = __str__
+
+
+def _plain(rows: tuple[Row, ...]) -> list[str]:
+    table = [COLUMNS, *((r.name, r.pattern, r.status, r.ran_on, r.reason) for r in rows)]
+    widths = [max(len(line[i]) for line in table) for i in range(4)]
+    return ["  ".join([*(line[i].ljust(widths[i]) for i in range(4)), line[4]]).rstrip() for line in table]
 
 
 def report(model: nn.Module) -> Report:
@@ -66,23 +210,42 @@ def report(model: nn.Module) -> Report:
     if notes is None:
         raise ValueError("report() takes a model that fuse() returned")
     attached = plans(model)
-    launches = {}
+    launches: dict[int, Launch] = {}
     for plan in reversed(attached.values()):  # the outermost plan has the last word
         if plan.broken is None:
-            launches.update({id(step.conv): step for step in plan.launches})
-    rows = []
+            launches.update({id(getattr(step.conv, "whole", step.conv)): step for step in plan.launches})
+    rows, problems = [], {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Conv2d):
             continue
         step = launches.get(id(module))
-        if step is not None:
-            rows.append(Row(name, step.pattern, "fused", step.backend, ""))
-        else:
+        if step is None:
             rows.append(Row(name, "", "skipped", "", _why(name, notes)))
+            continue
+        problem = _problem(step)
+        rows.append(_row(name, step, problem))
+        if problem is not None:
+            problems[problem.id] = problem
     lines = [f"{name or 'the model'} ran stock {count} times: {reason}" for name, plan in attached.items()
              for reason, count in plan.fallbacks.items() if "." not in name]
     lines += [f"{name or 'the model'}: {plan.broken}" for name, plan in attached.items() if plan.broken]
-    return Report(tuple(rows), tuple(lines))
+    return Report(tuple(rows), tuple(lines), {name: type(m).__name__ for name, m in model.named_modules()}, problems)
+
+
+def _problem(step: Launch) -> ConvProblem | None:
+    """What the last call of a launch solved, or None before it."""
+    problem = step.memo.problem
+    return stem.StemProblem(*problem) if problem is not None and step.pooled else problem
+
+
+def _row(name: str, step: Launch, problem: ConvProblem | None) -> Row:
+    if problem is None:
+        return Row(name, step.pattern, "fused", step.backend, "")
+    label = ""
+    with contextlib.suppress(ValueError):  # a backend is forced now that cannot run it
+        choice = backends.choose(stem.FAMILY if step.pooled else "conv_bn_act", problem)
+        label = choice.label if choice.name == step.backend else ""  # else it was chosen under other rules
+    return Row(name, step.pattern, "fused", step.backend, "", label, problem.id, problem.flops, problem.bytes)
 
 
 def _why(name: str, notes: Notes) -> str:

@@ -37,6 +37,11 @@ class Memo:
     def __reduce__(self) -> tuple:
         return Memo, ()
 
+    @property
+    def problem(self) -> ConvProblem | None:
+        """Of the last call that was kept; None before it."""
+        return None if self._known is None else self._known.problem
+
     def recall(self, situation: tuple, operands: ConvOperands) -> ConvProblem | None:
         """The problem of an earlier call, if this one is like it."""
         known = self._known

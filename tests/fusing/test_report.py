@@ -1,6 +1,8 @@
 """What fuse() says about what it did."""
 
+import io
 import json
+import sys
 
 import pytest
 import torch
@@ -54,12 +56,64 @@ def test_prints_as_a_table_and_as_json():
     fused = fr.fuse(randomize(Stem()).eval())
     report = fr.report(fused)
     lines = str(report).splitlines()
-    assert len(lines) == len(report) + 2 and lines[0].split() == ["name", "pattern", "status", "backend", "reason"]
-    assert lines[-1] == "1 of 7 convolutions fused" and report.fused == 1 and not report
+    assert len(lines) == len(report) + 3 and lines[0].split() == ["name", "pattern", "status", "backend", "reason"]
+    assert lines[-1] == "1 of 7 convolutions fused" and report.fused == 1 and not report and repr(report) == str(report)
     document = json.loads(report.to_json())
     assert [Row(**row) for row in document["rows"]] == list(report) and document["notes"] == []
     assert fr.report(fr.fuse(seeds.ShortcutBlock(8, 8).eval()))
     assert str(Report(())).endswith("0 of 0 convolutions fused")
+
+
+@torch.no_grad()
+def test_after_a_call_rows_know_their_problem_and_the_rule_that_chose():
+    fused = fr.fuse(randomize(Stem()).eval())
+    fused(torch.randn(2, 3, 12, 12))
+    report = fr.report(fused)
+    row, problem = report.rows[0], next(iter(report.problems.values()))
+    assert (row.label, row.problem, row.flops, row.bytes) == ("heuristic", problem.id, problem.flops, problem.bytes)
+    assert problem.N == 2 and row.ran_on == "cpu (heuristic)" and len(report.problems) == 1
+    with fr.backends.use("reference"):
+        fused(torch.randn(2, 3, 12, 12))
+        assert fr.report(fused).rows[0].ran_on == "reference (forced)"
+    assert fr.report(fused).rows[0].ran_on == "reference", "other rules hold now than when it ran"
+
+
+def test_the_tree_holds_every_row_once_and_skips_are_grouped():
+    stock = Stem().eval()
+    report = fr.report(fr.fuse(stock))
+    tree = report.tree()
+    assert list(tree.rows()) == list(report.rows) and tree.kind == "Stem"
+    assert [(node.name, node.kind, len(node.children)) for node in tree.children[:2]] == [
+        ("fine", "Sequential", 1), ("same", "Conv2d", 0)]
+    assert sorted(name for names in report.skipped().values() for name in names) == sorted(REASONS)
+    alone = fr.report(fr.fuse(nn.Conv2d(3, 4, 3))).tree()
+    assert alone.row is not None and alone.row.name == ""
+
+
+def test_the_table_is_plain_without_rich_and_where_the_terminal_knows_no_boxes(monkeypatch, capsys):
+    report = fr.report(fr.fuse(Stem().eval()))
+    boxed = str(report)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert "\u2500" in boxed and str(report).isascii()
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setitem(sys.modules, "rich.table", None)
+    plain = str(report)
+    assert plain.isascii() and [line.split() for line in plain.splitlines()] == [
+        line.split() for line in boxed.splitlines() if "\u2500" not in line]
+    report.show()
+    assert capsys.readouterr().out == plain + "\n"
+
+
+def test_show_prints_through_rich(monkeypatch, capsys):
+    pytest.importorskip("rich")
+    report = fr.report(fr.fuse(Stem().eval()))
+    report.show()
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and all(row.name in shown for row in report) and report.counted in shown
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    report.show()
+    assert "\x1b[" in capsys.readouterr().out
 
 
 def test_patterns_name_what_is_in_the_launch():
