@@ -1,7 +1,7 @@
-// Families conv_bn_act and stem on the CPU in their plainest form: a home without Python where no other kernel is,
-// and what the GPU's kernels are compared with. oneDNN's convolutions are faster.
+// Families conv_bn_act and stem on the CPU: PyTorch's convolutions, and for what they do not take plain loops, which
+// are also what the GPU's kernels are compared with.
 #include "common/conv_tiles.h"
-#include "cpu/pick.h"
+#include "cpu/onednn.h"
 
 namespace fused_resnet {
 namespace {
@@ -27,29 +27,45 @@ std::vector<A> packed(const Tensor& weight, const ConvShape& s) {
   return out;
 }
 
-// The operands of a convolution with its norm, and what they point into.
+// The whole launch in loops: for fp64 and for what is empty.
 template <class T>
-struct Operands {
+void convolve_rows(const ConvShape& s, const ConvCall& o, const Tensor& y) {
   using A = Accumulator<T>;
-  std::vector<A> weight, bias;
-  NormVectors<A> norm;
+  const std::vector<A> weight = packed<A>(o.weight, s), bias = channels<A>(o.bias, s.K, 0);
+  const NormVectors<A> norm(s.K, o.gamma, o.beta, o.mean, o.var, o.eps);
+  const NormVectors<A> pre(s.C, o.pre_gamma, o.pre_beta, o.pre_mean, o.pre_var, o.pre_eps);
   Conv<T> conv{};
-
-  Operands(const ConvShape& s, const Tensor& x, const Tensor& w, const Maybe& b, const Maybe& gamma, const Maybe& beta,
-           const Maybe& mean, const Maybe& var, double eps)
-      : weight(packed<A>(w, s)), bias(channels<A>(b, s.K, 0)), norm(s.K, gamma, beta, mean, var, eps) {
-    check_vector(b, s.K, x, "bias");
-    conv.shape = s;
-    conv.x = data<T>(x);
-    conv.x_n = x.stride(0);
-    conv.x_c = x.stride(1);
-    conv.x_h = x.stride(2);
-    conv.x_w = x.stride(3);
-    conv.weight = weight.data();
-    conv.bias = b.has_value() ? bias.data() : nullptr;
-    if (mean.has_value()) conv.norm = norm.view();
+  conv.shape = s;
+  conv.x = data<T>(o.x);
+  conv.x_n = o.x.stride(0);
+  conv.x_c = o.x.stride(1);
+  conv.x_h = o.x.stride(2);
+  conv.x_w = o.x.stride(3);
+  conv.weight = weight.data();
+  conv.bias = o.bias.has_value() ? bias.data() : nullptr;
+  if (o.mean.has_value()) conv.norm = norm.view();
+  if (!o.prologue.empty()) {
+    conv.prologue = pre.view();
+    conv.pre_activation = activation_of(o.prologue);
   }
-};
+  conv.residual = data<T>(o.residual);
+  conv.activation = activation_of(o.activation);
+  conv.y = data_out<T>(y);
+  torch::stable::parallel_for(0, int64_t{s.N} * s.P, 1, [&](int64_t first, int64_t last) {
+    std::vector<A> row(int64_t{s.Q} * s.K);
+    for (int64_t i = first; i < last; ++i) {
+      loops<T>().conv_row(conv, i / s.P, static_cast<int32_t>(i % s.P), row.data());
+      loops<T>().store_row(row.data(), static_cast<int64_t>(row.size()), conv.y + i * int64_t{s.Q} * s.K);
+    }
+  });
+}
+
+Tensor convolve(const ConvShape& s, const ConvCall& o) {
+  if (const Maybe found = conv_by_onednn(s, o)) return *found;
+  const Tensor y = make({s.N, s.K, s.P, s.Q}, o.x.scalar_type(), o.x, true);
+  by_dtype(o.x, [&](auto element) { convolve_rows<decltype(element)>(s, o, y); });
+  return y;
+}
 
 void check_vectors(const Tensor& x, int64_t size, const Maybe& gamma, const Maybe& beta, const Maybe& mean,
                    const Maybe& var) {
@@ -58,6 +74,15 @@ void check_vectors(const Tensor& x, int64_t size, const Maybe& gamma, const Mayb
   check_vector(mean, size, x, "mean");
   check_vector(var, size, x, "var");
   STD_TORCH_CHECK(mean.has_value() == var.has_value(), "mean and var must be given together");
+}
+
+void check_residual(const Maybe& residual, const ConvShape& s, const Tensor& x) {
+  if (!residual.has_value()) return;
+  STD_TORCH_CHECK(is_channels_last(*residual), "residual must be dense in channels_last memory");
+  STD_TORCH_CHECK(residual->size(0) == s.N && residual->size(1) == s.K && residual->size(2) == s.P &&
+                      residual->size(3) == s.Q && residual->scalar_type() == x.scalar_type() &&
+                      same_device(*residual, x),
+                  "residual must have the shape of the output, and the dtype and device of x");
 }
 
 Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const Maybe& bias, const Maybe& gamma, const Maybe& beta,
@@ -71,56 +96,34 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const Maybe& bias, con
   check_vectors(x, s.C, pre_gamma, pre_beta, pre_mean, pre_var);
   check_vector(bias, s.K, x, "bias");
   STD_TORCH_CHECK(prologue.empty() != pre_mean.has_value(), "a prologue needs its mean and var");
-  Tensor y = make({s.N, s.K, s.P, s.Q}, x.scalar_type(), x, true);
-  if (residual.has_value()) check_image(*residual, y, "residual");
-  by_dtype(x, [&](auto element) {
-    using T = decltype(element);
-    using A = Accumulator<T>;
-    Operands<T> o(s, x, weight, bias, gamma, beta, mean, var, eps);
-    const NormVectors<A> pre(s.C, pre_gamma, pre_beta, pre_mean, pre_var, pre_eps);
-    if (!prologue.empty()) {
-      o.conv.prologue = pre.view();
-      o.conv.pre_activation = activation_of(prologue);
-    }
-    o.conv.residual = data<T>(residual);
-    o.conv.activation = activation_of(activation);
-    o.conv.y = data_out<T>(y);
-    torch::stable::parallel_for(0, int64_t{s.N} * s.P, 1, [&](int64_t first, int64_t last) {
-      std::vector<A> row(int64_t{s.Q} * s.K);
-      for (int64_t i = first; i < last; ++i) {
-        loops<T>().conv_row(o.conv, i / s.P, static_cast<int32_t>(i % s.P), row.data());
-        loops<T>().store_row(row.data(), static_cast<int64_t>(row.size()), o.conv.y + i * int64_t{s.Q} * s.K);
-      }
-    });
-  });
-  return y;
+  check_residual(residual, s, x);
+  return convolve(s, {x,        weight,  bias, gamma,   beta,       mean,     var,    residual, pre_gamma, pre_beta,
+                      pre_mean, pre_var, eps,  pre_eps, activation, prologue, stride, padding,  dilation,  groups});
 }
 
 Tensor stem(const Tensor& x, const Tensor& weight, const Maybe& bias, const Maybe& gamma, const Maybe& beta,
             const Tensor& mean, const Tensor& var, double eps, const std::string& activation, const Sizes& stride,
             const Sizes& padding) {
-  const ConvShape s = conv_shape(x, weight, stride, padding, {1, 1}, 1);
+  const Sizes dilation{1, 1};
+  const ConvShape s = conv_shape(x, weight, stride, padding, dilation, 1);
   check_vectors(x, s.K, gamma, beta, mean, var);
   check_vector(bias, s.K, x, "bias");
-  Tensor y = make({s.N, s.K, pooled(s.P), pooled(s.Q)}, x.scalar_type(), x, true);
+  const Maybe absent, given_mean = mean, given_var = var;
+  const Tensor wide =
+      convolve(s, {x,      weight, bias, gamma, beta,       given_mean, given_var, absent,  absent,   absent,
+                   absent, absent, eps,  eps,   activation, "",         stride,    padding, dilation, 1});
+  const Tensor y = make({s.N, s.K, pooled(s.P), pooled(s.Q)}, x.scalar_type(), x, true);
   by_dtype(x, [&](auto element) {
     using T = decltype(element);
-    using A = Accumulator<T>;
-    Operands<T> o(s, x, weight, bias, gamma, beta, mean, var, eps);
-    o.conv.activation = activation_of(activation);
-    T* out = data_out<T>(y);
     const int64_t size = int64_t{s.Q} * s.K, rows = pooled(s.P);
     torch::stable::parallel_for(0, s.N * rows, 1, [&](int64_t first, int64_t last) {
-      std::vector<A> buffer(3 * size);
       for (int64_t i = first; i < last; ++i) {
-        const A* given[3] = {nullptr, nullptr, nullptr};
+        const T* given[3] = {nullptr, nullptr, nullptr};
         for (int j = 0; j < 3; ++j) {
           const auto p = static_cast<int32_t>(2 * (i % rows) - 1 + j);
-          if (!inside(p, s.P)) continue;
-          loops<T>().conv_row(o.conv, i / rows, p, buffer.data() + j * size);
-          given[j] = buffer.data() + j * size;
+          if (inside(p, s.P)) given[j] = data<T>(wide) + (i / rows * s.P + p) * size;
         }
-        loops<T>().pool_row(given, s.Q, s.K, out + i * int64_t{pooled(s.Q)} * s.K);
+        loops<T>().pool_row(given, s.Q, s.K, data_out<T>(y) + i * int64_t{pooled(s.Q)} * s.K);
       }
     });
   });

@@ -212,28 +212,100 @@ void store_row(const Accumulator<T>* row, int64_t count, T* out) {
 
 // NaN wins, as in stock's max-pool.
 template <class T>
-void pool_row(const Accumulator<T>* const rows[3], int32_t Q, int64_t K, T* out) {
-  using A = Accumulator<T>;
-  for (int32_t at = 0; at < pooled(Q); ++at) {
-    for (int64_t k = 0; k < K; ++k) {
-      A best = -static_cast<A>(INFINITY);
-      for (int i = 0; i < 3; ++i) {
-        for (int32_t j = -1; j <= 1 && rows[i] != nullptr; ++j) {
-          if (!inside(2 * at + j, Q)) continue;
-          const A value = rows[i][(2 * at + j) * K + k];
-          if (value > best || value != value) best = value;
+void pool_row(const T* const rows[3], int32_t Q, int64_t K, T* out) {
+  for (int32_t at = 0; at < pooled(Q); ++at, out += K) {
+    for (int64_t k = 0; k < K; ++k) round_to(out[k], -static_cast<Accumulator<T>>(INFINITY));
+    for (int i = 0; i < 3; ++i) {
+      for (int32_t q = 2 * at - 1; q <= 2 * at + 1 && rows[i] != nullptr; ++q) {
+        if (!inside(q, Q)) continue;
+        const T* row = rows[i] + q * K;
+#pragma GCC ivdep
+        for (int64_t k = 0; k < K; ++k) {
+          const auto value = widen(row[k]);
+          out[k] = value > widen(out[k]) || value != value ? row[k] : out[k];
         }
       }
-      round_to(out[at * K + k], best);
     }
   }
+}
+
+// 0 for a finite value, NaN for NaN and Inf.
+template <class A>
+A unless_finite(A value) {
+  return value - value;
+}
+
+template <class T, bool RESIDUAL, Activation ACTIVATION>
+bool pass_rows(const Pass<T>& a, int64_t first, int64_t last) {
+  using A = Accumulator<T>;
+  const int64_t C = a.C;
+  const A *mean = a.norm.mean, *scale = a.norm.scale, *shift = a.norm.shift;
+  bool finite = true;
+  for (int64_t m = first; m < last; ++m) {
+    const T *x = a.x + m * C, *residual = RESIDUAL ? a.residual + m * C : nullptr;
+    T* y = a.y + m * C;
+    int32_t wrong = 0;
+#pragma GCC ivdep
+    for (int64_t c = 0; c < C; ++c) {
+      A z = (widen(x[c]) - mean[c]) * scale[c] + shift[c];
+      if constexpr (RESIDUAL) z += widen(residual[c]);
+      z = activate(z, ACTIVATION);
+      wrong |= unless_finite(z) != A(0);
+      round_to(y[c], z);
+    }
+    finite &= wrong == 0;
+  }
+  return finite;
+}
+
+template <class T, bool RESIDUAL>
+bool pass_of(const Pass<T>& a, int64_t first, int64_t last) {
+  switch (a.activation) {
+    case Activation::relu:
+      return pass_rows<T, RESIDUAL, Activation::relu>(a, first, last);
+    case Activation::relu6:
+      return pass_rows<T, RESIDUAL, Activation::relu6>(a, first, last);
+    case Activation::silu:
+      return pass_rows<T, RESIDUAL, Activation::silu>(a, first, last);
+    case Activation::hardswish:
+      return pass_rows<T, RESIDUAL, Activation::hardswish>(a, first, last);
+    default:
+      return pass_rows<T, RESIDUAL, Activation::identity>(a, first, last);
+  }
+}
+
+template <class T>
+bool pass(const Pass<T>& a, int64_t first, int64_t last) {
+  return a.residual == nullptr ? pass_of<T, false>(a, first, last) : pass_of<T, true>(a, first, last);
+}
+
+template <class T>
+bool finite(const T* x, int64_t count) {
+  int32_t wrong = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto value = widen(x[i]);
+    wrong |= unless_finite(value) != 0;
+  }
+  return wrong == 0;
+}
+
+template <class T>
+bool scale(const T* x, int64_t count, Accumulator<T> factor, T* out) {
+  int32_t wrong = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Accumulator<T> value = widen(x[i]) * factor;
+    wrong |= unless_finite(value) != 0;
+    round_to(out[i], value);
+  }
+  return wrong == 0;
 }
 
 }  // namespace
 
 template <class T>
 Loops<T> loops() {
-  return {FR_NAME(FR_ISA), bn_act<T>, bn_act_sums<T>, bn_act_grad<T>, conv_row<T>, store_row<T>, pool_row<T>};
+  return {FR_NAME(FR_ISA), bn_act<T>,   bn_act_sums<T>, bn_act_grad<T>, conv_row<T>,
+          store_row<T>,    pool_row<T>, pass<T>,        finite<T>,      scale<T>};
 }
 
 template Loops<float> loops<float>();

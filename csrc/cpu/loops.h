@@ -50,6 +50,16 @@ struct Conv {
   T* y;
 };
 
+// y = act((x - mean) * scale + shift + residual) over [rows, C]; the residual may be null, y may be x.
+template <class T>
+struct Pass {
+  const T *x, *residual;
+  T* y;
+  int64_t C;
+  Affine<Accumulator<T>> norm;
+  Activation activation;
+};
+
 template <class T>
 struct Loops {
   const char* isa;
@@ -62,7 +72,12 @@ struct Loops {
   void (*conv_row)(const Conv<T>&, int64_t n, int32_t p, Accumulator<T>* row);
   void (*store_row)(const Accumulator<T>* row, int64_t count, T* out);
   // Pooled row [pooled(Q), K] of the rows given; null stands for rows outside.
-  void (*pool_row)(const Accumulator<T>* const rows[3], int32_t Q, int64_t K, T* out);
+  void (*pool_row)(const T* const rows[3], int32_t Q, int64_t K, T* out);
+  // Rows of a pass; whether all of its results are finite.
+  bool (*pass)(const Pass<T>&, int64_t first_row, int64_t last_row);
+  bool (*finite)(const T* x, int64_t count);
+  // out = x * scale; whether all of it is finite.
+  bool (*scale)(const T* x, int64_t count, Accumulator<T> scale, T* out);
 };
 
 // Those of one instruction set: what compiling loops.cpp with FR_ISA=name makes.
