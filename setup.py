@@ -1,11 +1,9 @@
-"""Builds the libraries of csrc/, one for the CPU and one for CUDA; all else stands in pyproject.toml.
+"""Builds the libraries of csrc/: what cannot be built is left out, with the reason, and stops no installation.
 
     FUSED_RESNET_SKIP_CPP=1     pure Python
     FUSED_RESNET_SKIP_CUDA=1    no CUDA part
     FUSED_RESNET_CUDA=1         the CUDA part beside a CPU build of torch, too: it takes nvcc, but no GPU
     FUSED_RESNET_CUDA_ARCHS     default "80;90a"
-
-What cannot be built is left out, with the reason: nothing here stops an installation.
 """
 
 import importlib.util
@@ -26,12 +24,14 @@ CSRC = ROOT / "csrc"
 CXX, ARCHS = os.environ.get("CXX", "c++"), os.environ.get("FUSED_RESNET_CUDA_ARCHS", "80;90a")
 # The ABI of torch 2.11, which every later one keeps; -isystem because torch's headers have warnings.
 STABLE = f"-std=c++20 -DNDEBUG -DTORCH_TARGET_VERSION=0x020b000000000000 -I{CSRC} -isystem $torch/include"
-CPP = f"{STABLE} -O2 -fPIC -fvisibility=hidden -Wall -Wextra"
+# Error messages name csrc/cpu/conv.cpp, not where it stood on the machine that built it.
+HOST = f"-fPIC -fvisibility=hidden -ffile-prefix-map={ROOT}/= -ffile-prefix-map=$torch/="
+CPP = f"{STABLE} -O2 {HOST} -Wall -Wextra"
 # No flag of -ffast-math that changes a result.
-LOOPS = f"-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -I{CSRC}"
+LOOPS = f"-std=c++20 -O3 {HOST} -fno-math-errno -fno-trapping-math -Wall -Wextra -I{CSRC}"
 ISAS = {"baseline": ""} if platform.machine() != "x86_64" else {
     "baseline": "", "avx2": "-march=x86-64-v3", "avx512": "-march=x86-64-v4 -mprefer-vector-width=512"}
-NVCC = f"{STABLE} -O3 -DUSE_CUDA -Xcompiler -fPIC,-fvisibility=hidden --threads 2"
+NVCC = f"{STABLE} -O3 -DUSE_CUDA -Xcompiler {HOST.replace(' ', ',')} --threads 2"
 SOURCES = {"cpu": [CSRC / "schemas.cpp", *sorted({*CSRC.glob("cpu/*.cpp")} - {CSRC / "cpu/loops.cpp"})],
            "cuda": sorted(CSRC.glob("cuda/*.cu"))}
 RULES = "".join(f"rule {name}\n  command = ${name} $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n"
