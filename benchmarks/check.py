@@ -14,10 +14,10 @@ import torch
 
 import fused_resnet as fr
 from benchmarks import sanitize, steps
-from benchmarks.layers import DTYPES, KERNELS, Rows, kernel, key, network, offered, stock
+from benchmarks.layers import DTYPES, KERNELS, Rows, kernel, key, network, offered, provides, stock
 from benchmarks.models import photographs, stock_model
 from benchmarks.sheet import ROOT, Job, describe
-from benchmarks.ways import kind_of
+from benchmarks.ways import compiled, kind_of
 from fused_resnet import backends, numerics
 from fused_resnet.bench import pictures, providers, training
 from fused_resnet.bench import session as sessions
@@ -27,8 +27,10 @@ from fused_resnet.problem import ConvOperands, ConvProblem
 from fused_resnet.testing import cases, inputs
 from fused_resnet.testing.memory import guarded, poisoned
 
-# Of one small check whose kernel is compiled; most of what cuDNN is asked for in the catalogue it refuses.
-SECONDS = {"triton": 0.25, "cudnn": 0.1}
+# Of one small check whose kernel is compiled; most of what cuDNN is asked for in the catalogue it refuses; the native
+# library searches nothing and compiles nothing.
+SECONDS = {"triton": 0.25, "cuda": 0.05, "cudnn": 0.1}
+OURS = ("triton", "cuda")
 TEST_SECONDS = 240
 NOT_FINITE = (float("nan"), float("inf"), -float("inf"))
 # What a network is checked in: of the model and of its input.
@@ -103,13 +105,13 @@ def check_network(name: str, dtype: str, layout: str, backend: str | None) -> Ro
            "detail": str(verdict)}
 
 
-def check_step(launch: steps.Launch) -> Rows:
+def check_step(launch: steps.Launch, backend: str = "triton") -> Rows:
     """A launch of a training step: right against fp64, nothing left unwritten, and the same bits twice."""
     family, problem = launch.family, launch.problem
-    module = backends.kernels(family, problem).get("triton")
+    module = backends.kernels(family, problem).get(backend)
     if module is None:
-        yield {"backend": "triton", "status": "refused",
-               "detail": dict(backends.explain(problem, family)).get("triton") or "no kernel"}
+        yield {"backend": backend, "status": "refused",
+               "detail": dict(backends.explain(problem, family)).get(backend) or "no kernel"}
         return
     with torch.no_grad(), precision(problem.dtype):
         operands = steps.operands(launch)
@@ -120,7 +122,7 @@ def check_step(launch: steps.Launch) -> Rows:
     first, second = ((r,) if isinstance(r, torch.Tensor) else r for r in (first, second))
     same = all(a is b or torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True))
     faults = [str(bound) for bound in bounds if not bound.ok] + ([] if same else ["two runs differ"])
-    yield {"backend": "triton", "status": "wrong" if faults else "ok", "detail": "; ".join(faults),
+    yield {"backend": backend, "status": "wrong" if faults else "ok", "detail": "; ".join(faults),
            "rel_error": max(bound.error.rel for bound in bounds)}
 
 
@@ -149,8 +151,10 @@ def run_tests() -> Rows:
     yield {"status": "ok" if done.returncode == 0 else "wrong", "detail": " | ".join([*tail, closing])}
 
 
-def kinds(problem: ConvProblem, arch: int) -> list[Any]:
-    """One tile of each kind that is legal for `problem` and is not the shipped one: the last of the candidates."""
+def kinds(problem: ConvProblem, arch: int, backend: str = "triton") -> list[Any]:
+    """Tiles of `problem`: of Triton one of each kind but the shipped one, the last; of the native library all."""
+    if backend == "cuda":
+        return compiled(problem, arch)
     from fused_resnet.kernels.triton import tiles
 
     return list({kind_of(asdict(tile)): tile for tile in tiles.candidates(problem, arch)[1:]}.values())
@@ -173,7 +177,7 @@ def layer_jobs() -> list[Job]:
             if (problem.id, backend) in seen:
                 continue
             seen.add((problem.id, backend))
-            worth = value - 0.1 * DTYPES.index(dtype) - 0.5 * KERNELS.index(backend)
+            worth = value - 0.1 * DTYPES.index(dtype) - 0.25 * KERNELS.index(backend)
             jobs.append(Job(key(problem, name, f"fused_{backend}"), functools.partial(check_one, problem, backend),
                             worth, SECONDS[backend], ((problem, None),) if backend == "triton" else ()))
     return jobs
@@ -182,16 +186,18 @@ def layer_jobs() -> list[Job]:
 def kind_jobs(arch: int) -> list[Job]:
     """Every other kind of tile on each layer that it can run, split reductions at batch 1."""
     jobs, seen = [], set()
-    for (name, value), dtype, n in itertools.product((("resnet50", 7.8), ("resnext50_32x4d", 7.1)), DTYPES[:3], (3, 1)):
+    for (name, value), dtype, n, backend in itertools.product((("resnet50", 7.8), ("resnext50_32x4d", 6.4)), DTYPES[:3],
+                                                              (3, 1), OURS):
         for problem, _ in cases.LAYERS[name]:
             problem = on_gpu(problem, dtype, n)
-            for tile in kinds(problem, arch):
-                if (n == 1) != (tile.SPLIT_K > 1) or (problem, tile) in seen:
+            for tile in kinds(problem, arch, backend):
+                if (n == 1) != (getattr(tile, "SPLIT_K", 1) > 1) or (problem, tile) in seen:
                     continue
                 seen.add((problem, tile))
-                jobs.append(Job(key(problem, name, "fused_triton", tile=asdict(tile)),
-                                functools.partial(check_one, problem, "triton", tile),
-                                value - 1.4 * DTYPES.index(dtype), SECONDS["triton"], ((problem, tile),)))
+                jobs.append(Job(key(problem, name, f"fused_{backend}", tile=asdict(tile)),
+                                functools.partial(check_one, problem, backend, tile),
+                                value - 1.4 * DTYPES.index(dtype), SECONDS[backend],
+                                ((problem, tile),) if backend == "triton" else ()))
     return jobs
 
 
@@ -203,8 +209,9 @@ def step_jobs() -> list[Job]:
         for launch in steps.network(name, device="cuda", dtype=dtype, N=4):
             if (what := launch._replace(count=1)) not in seen:
                 seen.add(what)
-                jobs.append(Job(steps.key(launch, name, "fused_triton"), functools.partial(check_step, launch),
-                                value - 1.4 * DTYPES.index(dtype), SECONDS["triton"]))
+                jobs += [Job(steps.key(launch, name, f"fused_{backend}"),
+                             functools.partial(check_step, launch, backend), value - 1.4 * DTYPES.index(dtype),
+                             SECONDS[backend]) for backend in OURS if provides(backend, launch.family)]
     for name, dtype, provider in itertools.product(("resnet50", "resnet18", "resnext50_32x4d"), ("bf16", "fp32"),
                                                    ("fused_triton", "fused")):
         job = sessions.Job(name, 16, dtype, "cuda", "training")
@@ -223,14 +230,16 @@ def report(rows: Sequence[dict[str, Any]]) -> list[str]:
 def jobs(arch: int) -> list[Job]:
     """The jobs of this stage."""
     rest = [Job({"level": "tests", "model": "tests/gpu"}, run_tests, 7.5, 90, patience=TEST_SECONDS + 10)]
-    for tool, value in (("memcheck", 7.4), ("racecheck", 6.9)):
+    for tool, value in (("memcheck", 7.4), ("racecheck", 6.9), ("initcheck", 6.2), ("synccheck", 6.1)):
         rest.append(Job({"level": "tests", "model": f"compute-sanitizer {tool}"},
                         functools.partial(sanitize.run, tool), value, 50, patience=sanitize.PATIENCE))
     for i, (name, dtype, layout, backend) in enumerate(itertools.product(
-            ("resnet50", "resnet18", "resnext50_32x4d"), ("bf16", "fp32"), LAYOUTS, ("triton", None))):
+            ("resnet50", "resnet18", "resnext50_32x4d"), ("bf16", "fp32"), LAYOUTS, (*OURS, None))):
+        first = name == "resnet50" or backend != "cuda" and (name, dtype) != ("resnext50_32x4d", "fp32")
         rest.append(Job({"level": "model", "model": name, "problem": layout, "batch": 8, "dtype": dtype,
                          "device": "cuda", "provider": f"fused_{backend}" if backend else "fused"},
-                        functools.partial(check_network, name, dtype, layout, backend), 7.7 - 0.01 * i, 3))
+                        functools.partial(check_network, name, dtype, layout, backend),
+                        (7.7 if first else 6.4) - 0.01 * i, 3))
     for problem, dtype, backend in itertools.product(cases.TINY, ("bf16", "fp32"), KERNELS):
         problem = on_gpu(problem, dtype)
         rest.append(Job(key(problem, "NaN and Inf", f"fused_{backend}"),

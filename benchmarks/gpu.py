@@ -6,7 +6,8 @@ tune   ground measurements, then stock, cuDNN and every tile on each layer; the 
 ground the first part of tune alone: what the machine can do, and who uses it best.
 bench  whole models through the providers of `fused-resnet bench`, beside the targets.
 
-One file a stage, OUT/<stage>.json. A run goes on where the last one stopped; see `benchmarks.sheet`. Jobs run in a
+Each begins by building the native library with the tools of the machine; see `benchmarks.library`. One file a stage,
+OUT/<stage>.json. A run goes on where the last one stopped; see `benchmarks.sheet`. Jobs run in a
 process beside this one, which is replaced when a kernel faults or hangs; see `benchmarks.isolate`.
 """
 
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import check, ground, tune, whole
+from benchmarks import check, ground, library, tune, whole
 from benchmarks.isolate import Worker
 from benchmarks.sheet import ROOT, Job, Sheet, describe, pending, rows_for, sources, work
 from benchmarks.warm import ahead
@@ -45,7 +46,7 @@ def summarise(sheet: Sheet, left: Sequence[Job], report: Report) -> None:
              or (row.get("provider") == "fused" and (row.get("vs_stock") or 1) < 1)]
     for row in short[:40]:
         print("short:  ", describe(row)[:300])
-    lines = report(sheet.rows)
+    lines = [library.describe(sheet.environment["native_build"]), *report(sheet.rows)]
     sheet.path.with_suffix(".txt").write_text("\n".join([*lines, ""]))
     print(*lines, sep="\n")
     print(f"{len(sheet.rows)} rows in {sheet.path}; {len(short)} fell short; {len(left)} jobs are missing"
@@ -60,8 +61,11 @@ def run_jobs(stage: str, jobs: Callable[[int], list[Job]], budget: float, out: P
     start = time.monotonic()
     arch = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
     try:
-        environment = {**results.describe_environment(), "sources": sources()}
+        built = library.build(arch, budget)
+        environment = {**results.describe_environment(), "sources": sources(), "native": built["status"],
+                       "native_build": built}
         sheet = Sheet.open(out / f"{stage}.json", environment, results.commit(), COMMITTED / f"{stage}.json")
+        print(library.describe(built), flush=True)
         if stage == "bench":
             tuned = rows_for(out / "tune.json", environment) or rows_for(COMMITTED / "tune.json", environment)
             print(f"{tune.learn(tuned)} tuned problems in use")

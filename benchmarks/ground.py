@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.layers import Rows, family, key, network, operands, rated, searched
 from benchmarks.sheet import Job
-from benchmarks.ways import kind_of, promising, proven
+from benchmarks.ways import PYTORCHS, compiled, kind_of, promising, proven
 from fused_resnet import timing, tuner
 from fused_resnet.problem import ConvProblem
 from fused_resnet.testing.cases import conv
@@ -154,7 +154,7 @@ def measured(problem: ConvProblem, ways: Sequence[tuner.Candidate], budget: floa
 def cudnn_one(problem: ConvProblem) -> Rows:
     """cuDNN on one shape: as stock runs it, folded, and the convolution alone."""
     with searched():
-        ways = [way for way in tuner.candidates(family(problem), problem) if way.backend != "triton"]
+        ways = [way for way in tuner.candidates(family(problem), problem) if way.backend in PYTORCHS]
         for found in measured(problem, ways, BUDGET["cudnn"]):
             fused = "cudnn add_relu" if problem.residual else "cudnn relu"
             yield {**found, "provider": fused if found["backend"] == "cudnn" else "stock conv + norm + act"}
@@ -186,7 +186,8 @@ def jobs(arch: int) -> list[Job]:
     for i, problem in enumerate(DECISIVE):
         problem = problem._replace(device="cuda", dtype="bf16")
         chosen = promising(problem, triton_tiles.candidates(problem, arch), each=TILES)
-        found.append(Job({**key(problem, "kinds"), "level": "ground"}, functools.partial(kinds_one, problem, chosen),
+        every = [*compiled(problem, arch), *chosen]
+        found.append(Job({**key(problem, "kinds"), "level": "ground"}, functools.partial(kinds_one, problem, every),
                          102 - 0.1 * i, SECONDS["kinds"], tuple((problem, tile) for tile in chosen), resumable=True))
     for i, (problem, _) in enumerate(network("resnet50")):
         problem = problem._replace(device="cuda", dtype="bf16", N=BATCH)

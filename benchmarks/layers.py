@@ -19,7 +19,7 @@ from fused_resnet.testing import cases, inputs
 
 Rows = Iterator[dict[str, Any]]
 DTYPES = ("bf16", "fp16", "tf32", "fp32")
-KERNELS = ("triton", "cudnn")
+KERNELS = ("triton", "cuda", "cudnn")
 IMAGES = 4  # different pictures in a batch; the others repeat them, for drawing numbers takes longer than all timings
 
 
@@ -34,9 +34,14 @@ def kernel(backend: str, problem: ConvProblem | None = None) -> Any:
     return importlib.import_module(f"fused_resnet.kernels.{backend}.{name}")
 
 
+def provides(backend: str, name: str) -> bool:
+    """Whether `backend` has kernels of the family `name` at all."""
+    return importlib.util.find_spec(f"fused_resnet.kernels.{backend}.{name}") is not None
+
+
 def offered(backend: str, problem: ConvProblem) -> bool:
     """Whether `backend` has kernels of the problem's family at all."""
-    return importlib.util.find_spec(f"fused_resnet.kernels.{backend}.{family(problem)}") is not None
+    return provides(backend, family(problem))
 
 
 @contextlib.contextmanager

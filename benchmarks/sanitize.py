@@ -6,6 +6,7 @@ in memory of its own (PYTORCH_NO_CUDA_MEMORY_CACHING), so that what lies outside
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -15,11 +16,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from benchmarks import steps
 from benchmarks.layers import Rows, kernel
 from benchmarks.sheet import ROOT
-from benchmarks.ways import kind_of
+from benchmarks.ways import compiled, kind_of
+from fused_resnet import backends
 from fused_resnet.ops.stem import StemProblem
-from fused_resnet.problem import ConvProblem
+from fused_resnet.problem import NormProblem
 from fused_resnet.testing import cases, inputs
 
 FOLDERS = "/usr/local/cuda/bin:/opt/cuda/bin"
@@ -35,30 +38,55 @@ PROBLEMS = [cases.conv(64, 64, 7), cases.conv(64, 64, 7, residual=True), cases.c
             cases.conv(3, 24, 9, 7, stride=2), cases.conv(24, 40, 5, dilation=2)]
 
 
-def launches(arch: int) -> Iterator[tuple[ConvProblem, Any]]:
-    """(problem, tile): the last candidate of every kind for each small problem in bf16, and the stem."""
+STEM = StemProblem(*cases.conv(3, 24, (21, 18), 7, stride=2))
+# Norms of training: bytes of the mask that two pixels share, a ragged end, both shortcuts.
+NORMS = [NormProblem("cpu", "fp32", 2, 7, 5, c, shortcut=shortcut)
+         for c, shortcut in ((20, "norm"), (64, "tensor"), (3, ""), (200, "norm"))]
+
+
+def on_gpu(problem: Any, dtype: str = "bf16") -> Any:
+    return problem._replace(device="cuda", dtype=dtype)
+
+
+def launches(arch: int) -> Iterator[tuple[str, Any, Any]]:
+    """(backend, problem, tile): the last candidate of every kind, each of the library's tiles and dtypes, the stem."""
     from fused_resnet.kernels.triton import tiles
 
-    for problem in PROBLEMS:
-        problem = problem._replace(device="cuda", dtype="bf16")
+    for problem in map(on_gpu, PROBLEMS):
         kinds = {kind_of(asdict(tile)): tile for tile in tiles.candidates(problem, arch)}
-        yield from ((problem, tile) for tile in kinds.values())
-    yield StemProblem(*cases.conv(3, 24, (21, 18), 7, stride=2)._replace(device="cuda", dtype="bf16")), None
+        yield from (("triton", problem, tile) for tile in kinds.values())
+    for problem, dtype in itertools.product(PROBLEMS, ("bf16", "fp32")):
+        problem = on_gpu(problem, dtype)
+        yield from (("cuda", problem, tile) for tile in (None, *compiled(problem, arch)))
+    yield from ((backend, on_gpu(STEM), None) for backend in ("triton", "cuda"))
+
+
+def norms() -> Iterator[tuple[str, steps.Launch]]:
+    """The launches of norms in training, on the native library."""
+    for problem, dtype, name in itertools.product(NORMS, ("bf16", "fp32"), ("bn_act", "bn_act_sums", "bn_act_grad")):
+        yield "cuda", steps.Launch(name, on_gpu(problem, dtype), 1)
 
 
 def main() -> int:
-    """Launches everything once."""
+    """Launches everything once; what a backend refuses is passed over."""
     import torch
 
     from fused_resnet.kernels.triton.launch import arch_of
 
     count = 0
     with torch.no_grad():
-        for problem, tile in launches(arch_of(torch.device("cuda"))):
-            forward = kernel("triton", problem).forward
-            forward(problem, inputs.make(problem), *([] if tile is None else [tile]))
-            torch.cuda.synchronize()
-            count += 1
+        for backend, problem, tile in launches(arch_of(torch.device("cuda"))):
+            module = kernel(backend, problem)
+            if module.refuse(problem) is None:
+                module.forward(problem, inputs.make(problem), *([] if tile is None else [tile]))
+                torch.cuda.synchronize()
+                count += 1
+        for backend, launch in norms():
+            module = backends.kernels(launch.family, launch.problem).get(backend)
+            if module is not None:
+                module.forward(launch.problem, steps.operands(launch))
+                torch.cuda.synchronize()
+                count += 1
     print(f"{count} problems and tiles ran")
     return 0
 

@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 KEY = ("level", "model", "problem", "batch", "dtype", "autocast", "device", "mode", "graph", "provider")
 # Rows hold for these; a commit that only adds results changes none of them.
-IDENTITY = ("gpu", "gpu_capability", "cuda", "cudnn", "torch", "triton", "sources")
+IDENTITY = ("gpu", "gpu_capability", "cuda", "cudnn", "torch", "triton", "sources", "native")
 RESERVE = 10.0  # seconds kept for the last write and the summary
 
 
@@ -131,7 +131,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def sources() -> str:
     """Twelve hex digits of everything that decides a figure: the package, the compiled sources, this folder."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256((ROOT / "setup.py").read_bytes())
     for folder in ("fused_resnet", "csrc", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in {".py", ".cu", ".cuh", ".cpp", ".h"}:

@@ -1,4 +1,4 @@
-"""Stage tune: the ground measurements, then stock, cuDNN and every tile on each layer, the layers that cost most first.
+"""Stage tune: the ground measurements, then every backend and tile on each layer, the layers that cost most first.
 
 Timing and judging are the tuner's (`fused_resnet.tuner`); this file chooses layers, runs each tile once by itself
 before it is timed, so that one that faults or hangs is known by its name, and prints what came out.
@@ -17,7 +17,7 @@ import torch
 from benchmarks import ground, steps
 from benchmarks.layers import Rows, family, key, network, operands, rated, searched
 from benchmarks.sheet import Job
-from benchmarks.ways import PROVIDERS, promising, proven
+from benchmarks.ways import PROVIDERS, compiled, promising, proven
 from fused_resnet import backends, tuner
 from fused_resnet.bench.session import precision
 from fused_resnet.problem import ConvProblem
@@ -37,7 +37,10 @@ TRAINING_VALUE = 34.95
 
 
 def tune_one(problem: ConvProblem, tiles: Sequence[Any], seconds: float, avoid: Sequence[dict[str, Any]] = ()) -> Rows:
-    """Stock, cuDNN and `tiles` in the same rounds, with the share of the roofline; the fastest gets "winner"."""
+    """Stock, cuDNN and `tiles` in the same rounds, with the share of the roofline; the fastest gets "winner".
+
+    A kernel of ours without tiles is measured, too.
+    """
     end, order = time.monotonic() + seconds, [asdict(tile) for tile in tiles]
     with torch.no_grad(), precision(problem.dtype), searched():
         given, ways = operands(problem), list[tuner.Candidate]()
@@ -57,7 +60,9 @@ def tune_step(launch: steps.Launch, most: int, seconds: float, avoid: Sequence[d
     end, family_, problem = time.monotonic() + seconds, launch.family, launch.problem
     with torch.no_grad(), precision(problem.dtype), searched():
         given, ways = steps.operands(launch), list[tuner.Candidate]()
-        for way in tuner.candidates(family_, problem)[:1 + most]:
+        every = tuner.candidates(family_, problem)
+        tiled = [way for way in every if way.tile is not None][:most]
+        for way in [way for way in every if way.tile is None or way in tiled]:
             late = time.monotonic() > end - (1 - PROVING) * seconds and any(w.tile for w in ways)
             if not late and (yield from proven(way, problem, given, avoid)):
                 ways.append(way)
@@ -88,7 +93,8 @@ def jobs(arch: int) -> list[Job]:
                 seen.add(problem.id)
                 tiles = candidates(problem, arch)
                 weight = min(4.0, count * problem.flops / batch / 1e9)
-                found.append(Job(key(problem, name, graph=True), functools.partial(tune_one, problem, tiles, seconds),
+                every = [*compiled(problem, arch), *tiles]
+                found.append(Job(key(problem, name, graph=True), functools.partial(tune_one, problem, every, seconds),
                                  50 - 5 * rank + weight, seconds, tuple((problem, tile) for tile in tiles),
                                  patience=60 + seconds, resumable=True))
     return [*ground.jobs(arch), *found, *step_jobs()]
@@ -142,12 +148,12 @@ def report(rows: Sequence[dict[str, Any]]) -> list[str]:
             if best is None:
                 lines.append(f"  {problem.id:60} x{count} not measured")
                 continue
-            stock, cudnn, ours = (best_of(rows, problem, provider) for provider in PROVIDERS.values())
+            each = {name: _ms(best_of(rows, problem, provider)) for name, provider in PROVIDERS.items()}
             share = best.get("roofline_share") or 0.0
             below = "<" if share < TARGET_SHARE else " "
             lines.append(f"{below} {problem.id:60} x{count} floor {best['floor_ms']:.4f} "
-                         f"best {best['ms_p50']:.4f} {share:4.0%}; triton {_ms(ours)} cudnn {_ms(cudnn)} "
-                         f"stock {_ms(stock)}; {tuner.name_of(best)}")
+                         f"best {best['ms_p50']:.4f} {share:4.0%}; cuda {each['cuda']} triton {each['triton']} "
+                         f"cudnn {each['cudnn']} stock {each['reference']}; {tuner.name_of(best)}")
         lines += _totals(rows, found, batch)
     return [*lines, *_steps(rows)]
 
@@ -170,7 +176,8 @@ def _ms(row: dict[str, Any] | None) -> str:
 def _totals(rows: Sequence[dict[str, Any]], found: list, batch: int) -> list[str]:
     """What the launches of a whole network add up to, without gaps between them; nothing where a layer is missing."""
     lines = []
-    for name, provider in (("best", None), ("triton alone", "fused_triton"), ("stock", "eager_channels_last")):
+    for name, provider in (("best", None), ("cuda alone", "fused_cuda"), ("triton alone", "fused_triton"),
+                           ("stock", "eager_channels_last")):
         times = [best_of(rows, problem, provider) for problem, _, _ in found]
         if all(times):
             total = sum(t["ms_p50"] * count for t, (_, count, _) in zip(times, found, strict=True) if t)

@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.layers import kernel
 from benchmarks.sheet import failure
 from fused_resnet import tuner
 from fused_resnet.problem import ConvOperands, ConvProblem
 
-PROVIDERS = {"reference": "eager_channels_last", "cudnn": "fused_cudnn", "triton": "fused_triton"}
+PROVIDERS = {"reference": "eager_channels_last", "cudnn": "fused_cudnn", "cuda": "fused_cuda",
+             "triton": "fused_triton"}
+PYTORCHS = ("reference", "cudnn", "cpu")  # what PyTorch itself runs: proven as it is
 MULTIPROCESSORS = 132
 # Products and bytes from L2 a second, for ordering tiles only: no figure is made of them.
 PRODUCTS, L2_BYTES = 800e12, 5.5e12
@@ -22,6 +25,12 @@ def kind_of(tile: dict[str, Any]) -> str:
     """gather, gather swapped, box, gemm1x1, ws, ... of a tile."""
     name = "gather" if tile["kernel"] == "gemm" else tile["kernel"]
     return name + (" swapped" if tile.get("SWAP") else "") + (" split" if tile.get("SPLIT_K", 1) > 1 else "")
+
+
+def compiled(problem: ConvProblem, arch: int) -> list[Any]:
+    """The native library's tiles that fit `problem`: all are worth measuring, because none has to be compiled."""
+    module = kernel("cuda", problem)
+    return [tile for tile in module.candidates(problem, arch) if tile] if hasattr(module, "candidates") else []
 
 
 def expected(problem: ConvProblem, tile: Any) -> float:
@@ -59,7 +68,7 @@ def mark(way: tuner.Candidate) -> dict[str, Any]:
 def proven(way: tuner.Candidate, problem: ConvProblem, given: ConvOperands,
            avoid: Sequence[dict[str, Any]]) -> Generator[dict[str, Any], None, bool]:
     """Runs a way once by itself, announced: yields what there is to say, returns whether it may be measured."""
-    if way.tile is None:
+    if way.backend in PYTORCHS:
         return True
     name = mark(way)
     if name in avoid:

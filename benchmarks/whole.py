@@ -26,7 +26,7 @@ PLAN = (("resnet50", 256, "bf16", 150.0), ("resnet50", 1, "bf16", 50.0), ("resne
         ("resnet34", 256, "bf16", 50.0), ("resnext50_32x4d", 128, "bf16", 60.0), ("resnet50", 32, "bf16", 45.0),
         ("resnet50", 256, "fp16", 45.0), ("resnet50", 256, "tf32", 45.0), ("wide_resnet50_2", 256, "bf16", 60.0),
         ("resnet18", 1, "bf16", 45.0), ("resnet50", 256, "fp32", 60.0), ("resnet18", 32, "bf16", 45.0))
-PROFILED = ("fused", "fused_triton")
+PROFILED = ("fused", "fused_triton", "fused_cuda")
 # Training, bf16 by autocast: (model, batch, dtype, seconds, value between those of the plan above, which begin at 50).
 TRAINING = (("resnet50", 256, "bf16", 145.0, 45.9), ("resnet18", 256, "bf16", 90.0, 45.7))
 LARGEST = (("resnet50", "eager", 45.85), ("resnet50", "fused", 45.84))
@@ -129,7 +129,8 @@ def kernels(model: str, batch: int, dtype: str) -> tuple[tuple[Any, Any], ...]:
 
     found = []
     for problem, _ in layers(model, batch, dtype):
-        tile = (backends.cache().get(backends.tuned_key(family(problem), problem)) or {}).get("tile")
+        row = backends.cache().get(backends.tuned_key(family(problem), problem)) or {}
+        tile = row.get("tile") if row.get("backend") == "triton" else None
         found.append((problem, Tile(**tile) if tile else None))
     return tuple(found)
 

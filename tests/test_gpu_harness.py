@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import check, ground, layers, sanitize, sheet, tables, targets, tune, ways, whole
 from benchmarks.sheet import Job, Sheet, work
-from fused_resnet import backends, tuner
+from fused_resnet import backends, native, tuner
 from fused_resnet.testing import cases
 
 HERE = {"gpu": "none", "torch": "1", "sources": "a"}
@@ -207,7 +207,8 @@ def test_each_tile_runs_once_by_itself_before_it_is_timed():
 
     assert said(way({"kernel": "ws"}, lambda p, o: None)) == (["started"], True)
     assert said(way({"kernel": "ws"}, broken)) == (["started", "failed"], False)
-    assert said(way(None, broken)) == ([], True)
+    assert said(tuner.Candidate("cudnn", None, broken)) == ([], True)
+    assert said(tuner.Candidate("cuda", None, broken)) == (["started", "failed"], False)  # a kernel without tiles
     assert said(way({"kernel": "ws"}, broken), [ways.mark(way({"kernel": "ws"}, broken))]) == ([], False)
 
 
@@ -267,15 +268,19 @@ def model_row(provider, ms, graph=False, model="resnet50", batch=256, **more):
 
 
 def test_targets_say_what_was_met_missed_and_not_measured():
-    rows = [model_row("eager_channels_last", 18.0), model_row("compile", 9.5), model_row("fused", 6.0),
+    rows = [model_row("eager_channels_last", 18.0), model_row("compile", 9.5), model_row("fused", 5.6),
             model_row("fused_triton", 8.0, kernels={"conv_gemm": 50, "sm90_xmma_fprop_implicit_gemm_bf16": 3}),
-            model_row("fused", 0.3, model="resnet50", batch=1), model_row("fused", 0.15, True, "resnet50", 1)]
+            model_row("fused", 0.53, batch=1), model_row("fused", 0.15, True, batch=1),
+            model_row("eager", 1.0, batch=1), model_row("eager_channels_last", 0.2, True, batch=1),
+            model_row("fused_cuda", 7.0, kernels={"conv_bn_act_tile": 53})]
     lines = targets.report(rows)
     assert len(lines) == len(targets.TARGETS) + 1
     told = {str(target): line for target, line in zip(targets.TARGETS, lines, strict=False)}
     assert [line.split()[0] for line in told.values()] == [
-        "met", "met", "met", "MISSED", "MISSED", "not", "not", "not", "met", *["not"] * 4]
+        "met", "met", "met", "MISSED", "MISSED", "not", "not", "not", "met", "met", "met", "MISSED", "MISSED",
+        *["not"] * 4]
     assert lines[4].endswith(": 3") and lines[8].endswith(": 0.15")
+    assert lines[11].endswith("stock eager, both without graphs: 1.887") and lines[12].endswith("convolution: 10")
     assert "resnet50 batch 256 images/s 3.2e+04 of 36000" in lines[-1]
     assert targets.report(rows[:3])[-1] == "nothing that was measured fell short"
 
@@ -317,9 +322,14 @@ def test_a_command_that_hangs_ends_with_what_it_started():
 
 
 def test_the_sanitizer_watches_every_kind_of_tile():
-    kinds = {ways.kind_of(asdict(tile)) for _, tile in sanitize.launches(90) if tile}
+    every = list(sanitize.launches(90))
+    kinds = {ways.kind_of(asdict(tile)) for backend, _, tile in every if tile and backend == "triton"}
     assert {"gather", "gather swapped", "gather split", "box", "gemm1x1", "grouped", "depthwise"} <= kinds
-    assert any(tile is None for _, tile in sanitize.launches(90))
+    assert {str(tile) for backend, _, tile in every if tile and backend == "cuda"} == set(native.CONV_TILES)
+    assert {backend for backend, problem, tile in every if tile is None and problem.id.endswith("pool")} == {
+        "triton", "cuda"}
+    assert {(launch.family, launch.problem.dtype) for _, launch in sanitize.norms()} == {
+        (name, dtype) for name in ("bn_act", "bn_act_sums", "bn_act_grad") for dtype in ("bf16", "fp32")}
 
 
 STAGES = {"check": check.jobs, "tune": tune.jobs, "bench": whole.jobs, "ground": ground.jobs}

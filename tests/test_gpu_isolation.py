@@ -77,11 +77,15 @@ def test_a_whole_run_goes_on_after_faults_and_ends_with_its_report(tmp_path, mon
     monkeypatch.setattr(gpu.results, "describe_environment", lambda: {"gpu": "none"})
     jobs = [job(fake_jobs.hang, 300, value=3, patience=5), job(fake_jobs.die, value=2, resumable=True),
             job(fake_jobs.fail, value=1), job(fake_jobs.rows, {"status": "ok"}, value=0)]
+    built = {"status": "ok", "seconds": 61.0, "arch": "90a", "detail": ""}
+    monkeypatch.setattr(gpu.library, "build", lambda arch, budget: built)
     assert gpu.run_jobs("tune", lambda arch: jobs, 120, tmp_path, lambda rows: [f"{len(rows)} rows"]) == 0
-    found = json.loads((tmp_path / "tune.json").read_text())["rows"]
+    written = json.loads((tmp_path / "tune.json").read_text())
+    found = written["rows"]
+    assert written["environment"]["native"] == "ok" and written["environment"]["native_build"] == built
     assert [(row["problem"], row["status"]) for row in found] == [
         ("hang", "failed"), ("die", "failed"), ("die", "ok"), ("die", "ok"), ("fail", "failed"), ("rows", "ok")]
-    assert (tmp_path / "tune.txt").read_text() == "6 rows\n"
+    assert (tmp_path / "tune.txt").read_text() == "the native library for sm_90a: ok, 61 s\n6 rows\n"
     assert "3 fell short; 0 jobs are missing" in capsys.readouterr().out
 
 

@@ -57,7 +57,11 @@ class Tile:
 
 def refuse(problem: ConvProblem) -> str | None:
     """Why these kernels cannot run `problem`, or None."""
-    p = problem
+    return _unfit(problem) or raw.refuse("cuda", "conv_bn_act", problem.device)
+
+
+def _unfit(p: ConvProblem) -> str | None:
+    """Why no machine's library could run `p`, or None."""
     if p.dtype not in DTYPES:
         return f"computes {' and '.join(DTYPES)}, not {p.dtype}"
     for activation in (p.activation, p.prologue or "identity"):
@@ -69,11 +73,13 @@ def refuse(problem: ConvProblem) -> str | None:
         return f"takes one group and channels in eights, not C = {p.C}, groups = {p.groups}"
     if max(p.N, p.C, p.H, p.W, p.K, p.P, p.Q, p.depth) >= LARGEST:
         return "a size or a sum is longer than 2^30"
-    return raw.refuse("cuda", "conv_bn_act", p.device)
+    return None
 
 
 def legal(tile: Tile, problem: ConvProblem, arch: int) -> str | None:
     """Why `tile` cannot run `problem` on compute capability `arch`, or None."""
+    if reason := _unfit(problem):
+        return reason
     if str(tile) not in native.CONV_TILES:
         return f"the library has no tile {tile}"
     if tile.kernel == "sm90" and arch // 10 != 9:
@@ -90,7 +96,7 @@ def candidates(problem: ConvProblem, arch: int | None = None) -> list[Tile | Non
     """
     arch = arch or capability()
     found = [tile for tile in map(Tile.named, native.CONV_TILES) if legal(tile, problem, arch) is None]
-    least = min(tile.BLOCK_N for tile in found)
+    least = min((tile.BLOCK_N for tile in found), default=0)
     worth = [tile for tile in found if tile.BLOCK_N < 2 * problem.K or tile.BLOCK_N == least]
     return sorted(worth, key=lambda tile: tile.kernel != "sm90")  # type: ignore[arg-type,return-value]
 
