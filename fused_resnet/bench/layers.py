@@ -77,9 +77,7 @@ def measure(job: Job, model: nn.Module, images: torch.Tensor, ceilings: Ceilings
     Returns:
         In the order of the first run. What runs stock is not among them.
     """
-    dtype = numerics.DTYPES[job.dtype]
-    fused = fuse(plain(copy.deepcopy(model)).to(job.device, dtype).eval(), memory_format=torch.channels_last)
-    x = images[:job.batch].to(job.device, dtype, memory_format=torch.channels_last)
+    fused, x = fused_of(job, model, images)
     end, found = time.perf_counter() + budget, []
     with torch.no_grad(), precision(job.dtype):
         counts, operands = _met(fused, x)
@@ -89,6 +87,13 @@ def measure(job: Job, model: nn.Module, images: torch.Tensor, ceilings: Ceilings
             times = _times(key, operands.pop(key), job.device, share)
             found.append(_layer(job, key, count, times, ceilings))
     return found
+
+
+def fused_of(job: Job, model: nn.Module, images: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
+    """The fused model and the batch that `measure` runs, for the same arguments."""
+    dtype = numerics.DTYPES[job.dtype]
+    fused = fuse(plain(copy.deepcopy(model)).to(job.device, dtype).eval(), memory_format=torch.channels_last)
+    return fused, images[:job.batch].to(job.device, dtype, memory_format=torch.channels_last)
 
 
 def _met(fused: nn.Module, x: torch.Tensor) -> tuple[dict[Key, int], dict[Key, Any]]:
@@ -130,6 +135,6 @@ def _layer(job: Job, key: Key, count: int, times: list[float], ceilings: Ceiling
     floor, bound = ceilings.floor(problem.flops, problem.bytes)
     row = Row("layer", job.model, job.batch, job.dtype, job.device, "fused", problem=problem.id,
               graph=job.device == "cuda", backend=choice.name, ms_p20=low, ms_p50=half, ms_p80=high,
-              images_per_s=job.batch / half * 1e3, roofline_share=floor / half)
+              images_per_s=job.batch / half * 1e3, roofline_share=floor / half, samples=times)
     tile = tuner.name_of({"backend": choice.name, "tile": choice.tile}) if choice.tile else choice.name
     return Layer(row, count, f"{tile} ({choice.label})", floor, bound)

@@ -40,6 +40,7 @@ class Row:
     is the peak of one warm call beyond what was held before it, of a graph that of its recording
     (`timing.PeakMemory`). `roofline_share` of a model is the share of the FLOP/s that a dense product reaches on the
     same device in the same dtype (`timing.matmul_peak`); of a layer see `bench.layers`.
+    `samples` are the milliseconds of every round, in their order: what `bench.compare` tells a change from noise by.
     """
 
     level: str
@@ -64,6 +65,7 @@ class Row:
     peak_mem_mb: float | None = None
     saved_mb: float | None = None
     roofline_share: float | None = None
+    samples: list[float] | None = None
     reason: str = field(default="", metadata={"printed_only": True})
 
     @property
@@ -79,10 +81,10 @@ class Row:
 
 FIELDS = ("level", "model", "problem", "batch", "dtype", "autocast", "device", "mode", "graph", "provider", "backend",
           "status", "ms_p20", "ms_p50", "ms_p80", "images_per_s", "vs_stock", "rel_error", "launches", "peak_mem_mb",
-          "saved_mb", "roofline_share")
+          "saved_mb", "roofline_share", "samples")
 REQUIRED = ("level", "model", "batch", "dtype", "device", "provider", "status")
 _CHOICES = {"level": LEVELS, "dtype": DTYPES, "device": DEVICES, "mode": MODES, "status": STATUSES}
-_NUMBERS = FIELDS[FIELDS.index("ms_p20"):]
+_NUMBERS = FIELDS[FIELDS.index("ms_p20"):FIELDS.index("samples")]
 
 
 @dataclass
@@ -99,7 +101,15 @@ class Results:
 
 
 def _rounded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def to_text(data: Any) -> str:
+    """JSON with a line for each value, but one for a whole list of numbers."""
+    return re.sub(r"\[\n\s*([-\d.e+,\s]+?)\n\s*\]", lambda numbers: f"[{' '.join(numbers[1].split())}]",
+                  json.dumps(data, indent=1))  # strings hold no line breaks of their own
 
 
 def begin(**environment: Any) -> Results:
@@ -114,7 +124,7 @@ def save(results: Results, path: str | os.PathLike[str]) -> Path:
         ValueError: the folder cannot be made or written.
     """
     path = Path(path)
-    text = json.dumps(results.to_dict(), indent=1) + "\n"
+    text = to_text(results.to_dict()) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -169,6 +179,10 @@ def _fault(row: Any) -> str | None:
         value = row.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             return f"{key} is {value!r}, expected a number or null"
+    samples = row.get("samples")
+    if samples is not None and not (isinstance(samples, list) and samples
+                                    and all(type(ms) in (int, float) and ms > 0 for ms in samples)):
+        return f"samples are {samples!r}, expected positive numbers or null"
     if type(row["batch"]) is not int or any(type(row.get(key, False)) is not bool for key in ("autocast", "graph")):
         return "batch must be a whole number, autocast and graph must be true or false"
     if row["status"] == "ok" and row.get("ms_p50") is None:

@@ -221,7 +221,7 @@ class Session:
                      if e.provider.name in EAGER and e.row.graph == entry.row.graph]
             best = min(eager, key=lambda label: timing.percentiles(samples[label])[1], default=None)
             p20, p50, p80 = timing.percentiles(samples[name])
-            entry.row = replace(entry.row, ms_p20=p20, ms_p50=p50, ms_p80=p80,
+            entry.row = replace(entry.row, ms_p20=p20, ms_p50=p50, ms_p80=p80, samples=samples[name],
                                 images_per_s=group.job.batch / p50 * 1e3,
                                 vs_stock=timing.paired_ratio(samples[best], samples[name]) if best else None)
         for entry in running.values():

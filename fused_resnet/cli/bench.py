@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,8 @@ from torch import nn
 
 from fused_resnet.bench import launches, pictures, plots, providers, results, session
 from fused_resnet.bench import layers as rooflines
-from fused_resnet.cli import console, models
+from fused_resnet.cli import compare as comparison
+from fused_resnet.cli import console, models, options, page
 
 CALIBRATION = 16
 MODES = ("inference", "training")
@@ -21,61 +23,80 @@ SAME = ("cpu", "cores", "threads", "gpu", "cuda", "torch", "input")  # rows of o
 
 
 def bench(
-    model: Annotated[str, typer.Option(help=f"comma-separated: {models.HELP}")] = "resnet50,resnet18",
+    model: Annotated[str, typer.Option(help=f"comma-separated: {models.HELP}",
+                                       autocompletion=options.complete_models)] = "resnet50,resnet18",
     batch: Annotated[str, typer.Option(help="comma-separated batch sizes")] = "1,8",
     mode: Annotated[str, typer.Option(help="comma-separated: inference, training; or all. A training step is forward, "
                                       "cross-entropy, backward, SGD with momentum; 16 bits by autocast")] = "inference",
-    dtype: Annotated[str, typer.Option(help="comma-separated: fp32, tf32, bf16, fp16")] = "fp32,bf16",
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
-    provider: Annotated[str | None, typer.Option(help="comma-separated; default: all that are available")] = None,
+    dtype: Annotated[str, typer.Option(help="comma-separated: fp32, tf32, bf16, fp16",
+                                       autocompletion=options.complete_dtypes)] = "fp32,bf16",
+    device: options.Device = None,
+    provider: Annotated[str | None, typer.Option(help="comma-separated; default: all that are available",
+                                                 autocompletion=options.complete_providers)] = None,
     weights: Annotated[Path | None, typer.Option(help="state dict for the model (one model only)")] = None,
     images: Annotated[Path | None, typer.Option(help="folder of pictures; default: scikit-image's")] = None,
     size: Annotated[int, typer.Option(help="edge of the input in pixels", min=8)] = pictures.SIZE,
     layers: Annotated[bool, typer.Option("--layers", help="each distinct launch of the fused model by itself, beside "
                                          "its roofline, in place of whole models")] = False,
+    html: Annotated[Path | None, typer.Option(help="with --layers: write the report with these times as a page; of "
+                                              "several jobs one page each, named after the job")] = None,
     budget: Annotated[float, typer.Option(help="seconds; the slow compilers are dropped first", min=0)] = 225,
-    threads: Annotated[int | None, typer.Option(help="PyTorch's thread count")] = None,
+    threads: options.Threads = None,
     out: Annotated[Path | None, typer.Option(help="folder; default: benchmarks/results/<machine>")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no notes")] = False,
+    compare: Annotated[tuple[Path, Path] | None, typer.Option(metavar="OLD NEW", help="measure nothing: compare two "
+                       "results files row by row. A row has changed where a rank test of its samples says so (Mann-"
+                       "Whitney, p < 0.01), or in files without samples where the intervals p20 .. p80 do not touch; "
+                       "else it is within noise. --provider selects rows")] = None,
+    fail_slower: Annotated[float | None, typer.Option(metavar="PERCENT", min=0, help="with --compare: exit code 1 when "
+                           "a row is slower by more than this and by more than noise, or no longer runs")] = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
 ) -> int:
-    """Times whole models against eager PyTorch, its compilers and the peers, after comparing them with fp64."""
+    """Times whole models against eager PyTorch, its compilers and the peers, after comparing them with fp64.
+
+    Exit code 1: a fused model is out of tolerance.
+    """
+    if compare is not None:
+        return comparison.run(compare, console.split(provider), fail_slower, as_json, quiet)
+    if fail_slower is not None:
+        raise ValueError("--fail-slower goes with --compare")
+    if html is not None and not layers:
+        raise ValueError("--html goes with --layers; `fused-resnet inspect --html FILE` shows a model without times")
     started = time.perf_counter()
     console.set_threads(threads)
     where = console.device_of(device)
     modes = list(MODES) if mode == "all" else console.choices(mode, MODES, "--mode")
     chosen = [p for each in modes for p in providers.select(console.split(provider) or None, where, each)]
-    todo = console.choices(dtype, console.DTYPES, "--dtype")
-    batches = console.numbers(batch, "--batch")
-    specs = console.split(model)
-    if weights is not None and len(specs) != 1:
-        raise ValueError(f"--weights goes with one --model, got {len(specs)}")
-    built = dict(models.resolve(spec) for spec in specs)
-    folder = console.writable(out or Path("benchmarks/results") / results.machine_slug())
-    photographs = pictures.load(max(CALIBRATION, *batches), folder=images, size=size)
-    _prepare(built, weights, photographs, quiet)
-    record = results.begin(input=f"{'pictures of ' + str(images) if images else 'scikit-image pictures'}, {size} px",
-                           weights=str(weights) if weights else "random, batch norms calibrated on the pictures")
-    sheet = _Sheet(folder / "bench.json", record)
+    todo, batches = console.choices(dtype, console.DTYPES, "--dtype"), console.numbers(batch, "--batch")
+    built = _models(console.split(model), weights)
     work = session.jobs(list(built), batches, todo, [where], modes)
     if not work:
         raise ValueError("training needs a --batch of 2 or more and another --dtype than fp16")
-    if layers:
-        _layers(work, built, photographs, sheet, started + budget, quiet)
-        return 0
-    wrong = 0
-    with console.progress(len(work), quiet) as show:
-        done = 0
-        run = session.Session(built, photographs, chosen, budget - (time.perf_counter() - started),
-                              lambda what, share: show(what, done + share))
-        for group in run.run(work):
-            done += 1
-            sheet.add(group.rows)
-            wrong += sum(row.status == "wrong" and row.provider.startswith("fused") for row in group.rows)
-            console.out.print(table(group))
-    chart = plots.speedups(sheet.record, folder / "bench.png")
-    console.say(f"{len(sheet.record.rows)} rows in {sheet.path}" + (f", chart in {chart}" if chart else "")
+    sheet = _Sheet(console.writable(out or Path("benchmarks/results") / results.machine_slug()) / "bench.json",
+                   _begin(images, size, weights))
+    page.target(html)
+    photographs = pictures.load(max(CALIBRATION, *batches), folder=images, size=size)
+    _prepare(built, weights, photographs, quiet)
+    run = _Run(built, photographs, sheet, started + budget, as_json, quiet)
+    code = run.layers(work, html) if layers else run.models(work, chosen)
+    console.say(f"{len(sheet.record.rows)} rows in {sheet.path}" + "".join(f", {file}" for file in run.files)
                 + f"; {time.perf_counter() - started:.0f} s", quiet)
-    return 1 if wrong else 0
+    if as_json:
+        console.emit({"file": str(sheet.path), **replace(sheet.record, rows=sheet.added).to_dict()})
+    return code
+
+
+def _begin(images: Path | None, size: int, weights: Path | None) -> results.Results:
+    return results.begin(input=f"{'pictures of ' + str(images) if images else 'scikit-image pictures'}, {size} px",
+                         weights=str(weights) if weights else "random, batch norms calibrated on the pictures")
+
+
+def _models(specs: list[str], weights: Path | None) -> dict[str, nn.Module]:
+    if not specs:
+        raise ValueError(f"--model names no model: expected {models.HELP}")
+    if weights is not None and len(specs) != 1:
+        raise ValueError(f"--weights goes with one --model, got {len(specs)}")
+    return dict(models.resolve(spec) for spec in specs)
 
 
 def _prepare(built: dict[str, nn.Module], weights: Path | None, photographs: torch.Tensor, quiet: bool) -> None:
@@ -89,22 +110,59 @@ def _prepare(built: dict[str, nn.Module], weights: Path | None, photographs: tor
             console.say(f"{name}: {said[0]}", quiet)
 
 
-def _layers(work: list[session.Job], built: dict[str, nn.Module], photographs: torch.Tensor, sheet: _Sheet,
-            end: float, quiet: bool) -> None:
-    """One table a job; each dtype's ceilings are measured once."""
-    ceilings: dict[tuple[str, str], rooflines.Ceilings] = {}
-    with console.progress(len(work), quiet) as show:
-        for done, job in enumerate(work):
-            key = (job.dtype, job.device)
-            if key not in ceilings:
-                show(f"{job}: ceilings", done)
-                ceilings[key] = rooflines.Ceilings.measure(*key)
-            share = (end - time.perf_counter()) / (len(work) - done)
-            found = rooflines.measure(job, built[job.model], photographs, ceilings[key], share,
-                                      lambda what, part, done=done: show(what, done + part))  # type: ignore[misc]
-            sheet.add([layer.row for layer in found])
-            console.out.print(layer_table(job, found, ceilings[key]))
-    console.say(f"{len(sheet.record.rows)} rows in {sheet.path}", quiet)
+@dataclass
+class _Run:
+    """One call of the command: what it measures with, where rows go, the files that it wrote besides."""
+
+    built: dict[str, nn.Module]
+    photographs: torch.Tensor
+    sheet: _Sheet
+    end: float
+    as_json: bool
+    quiet: bool
+    files: list[Path] = field(default_factory=list)
+
+    def models(self, work: list[session.Job], chosen: list[providers.Provider]) -> int:
+        """Whole models, a table a job; 1 when a fused one is out of tolerance."""
+        wrong = 0
+        with console.progress(len(work), self.quiet) as show:
+            done = 0
+            run = session.Session(self.built, self.photographs, chosen, self.end - time.perf_counter(),
+                                  lambda what, share: show(what, done + share))
+            for group in run.run(work):
+                done += 1
+                self.sheet.add(group.rows)
+                wrong += sum(row.status == "wrong" and row.provider.startswith("fused") for row in group.rows)
+                self._show(table(group))
+        self._drawn(plots.speedups(self.sheet.record, self.sheet.path.with_name("bench.png")))
+        return 1 if wrong else 0
+
+    def layers(self, work: list[session.Job], html: Path | None) -> int:
+        """Single launches, a table and a roofline a job; each dtype's ceilings are measured once."""
+        ceilings: dict[tuple[str, str], rooflines.Ceilings] = {}
+        with console.progress(len(work), self.quiet) as show:
+            for done, job in enumerate(work):
+                key = (job.dtype, job.device)
+                if key not in ceilings:
+                    show(f"{job}: ceilings", done)
+                    ceilings[key] = rooflines.Ceilings.measure(*key)
+                share = (self.end - time.perf_counter()) / (len(work) - done)
+                found = rooflines.measure(job, self.built[job.model], self.photographs, ceilings[key], share,
+                                          lambda what, part, done=done: show(what, done + part))  # type: ignore[misc]
+                self.sheet.add([layer.row for layer in found])
+                self._show(layer_table(job, found, ceilings[key]))
+                if html is not None:
+                    file = page.numbered(html, job, len(work))
+                    page.of_layers(file, job, self.built[job.model], self.photographs, found, ceilings[key])
+                    self._drawn(file)
+        return 0
+
+    def _show(self, shown: Table) -> None:
+        if not self.as_json:
+            console.out.print(shown)
+
+    def _drawn(self, file: Path | None) -> None:
+        self.files += [file] if file is not None else []
 
 
 class _Sheet:
@@ -115,6 +173,7 @@ class _Sheet:
 
     def __init__(self, path: Path, record: results.Results) -> None:
         self.path, self.record = path, record
+        self.added: list[results.Row] = []  # by this run
         if not path.exists():
             return
         before = results.load(path)
@@ -127,6 +186,7 @@ class _Sheet:
     def add(self, rows: list[results.Row]) -> None:
         groups = {(row.level, row.group) for row in rows}
         self.record.rows = [row for row in self.record.rows if (row.level, row.group) not in groups] + rows
+        self.added += rows
         results.save(self.record, self.path)
 
 

@@ -7,12 +7,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from fused_resnet import backends, numerics
+from fused_resnet.bench import results
 
 DTYPES = ("fp32", "tf32", "bf16", "fp16")
 
@@ -20,6 +22,11 @@ PIPE_WIDTH = 150  # a pipe or a log has no width of its own; tables are read the
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 err = Console(stderr=True, highlight=False)
+
+
+def emit(data: Any) -> None:
+    """One JSON object, the only thing that a command with --json writes on stdout."""
+    out.print(results.to_text(data), markup=False, soft_wrap=True, highlight=False)
 
 
 def say(text: str, quiet: bool = False) -> None:

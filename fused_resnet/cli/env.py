@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from typing import Annotated
 
@@ -12,17 +11,23 @@ import typer
 import fused_resnet
 from fused_resnet import backends, native
 from fused_resnet.bench import providers, results
-from fused_resnet.cli import console
+from fused_resnet.cli import console, options
 from fused_resnet.tuning import Cache
 
 SETTINGS = ("BACKEND", "DISABLE", "SELF_CHECK", "CACHE_DIR", "SKIP_LOADING")
 
 
-def env(as_json: Annotated[bool, typer.Option("--json", help="as one JSON object")] = False) -> None:
+def env(
+    as_json: options.AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="leave out what is not there or not set")] = False,
+) -> None:
     """Prints versions, processor, backends, providers and caches; paste it into a bug report."""
     gathered = gather()
+    if quiet:
+        gathered = {section: {key: value for key, value in values.items() if value is not None}
+                    for section, values in gathered.items()}
     if as_json:
-        console.out.print(json.dumps(gathered, indent=1), markup=False, soft_wrap=True)
+        console.emit(gathered)
         return
     for section, values in gathered.items():
         console.out.print(f"[bold]{section}[/bold]")

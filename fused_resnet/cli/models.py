@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.util
 import inspect
 import re
@@ -19,6 +20,7 @@ from fused_resnet.bench.stock import plain
 from fused_resnet.testing.shim import torchvision_shim
 
 HELP = "a model of fused_resnet.models, cifar_resnetDEPTH, torchvision:NAME, timm:NAME, or path.py:factory"
+ZOOS = {"torchvision": "torchvision.models", "timm": "timm"}
 BUILDERS = tuple(name for name in models.__all__ if name.islower() and name != "cifar_resnet")
 
 
@@ -35,10 +37,8 @@ def resolve(spec: str, seed: int = 0) -> tuple[str, nn.Module]:
     source, _, name = spec.rpartition(":")
     if not source:
         return _ours(spec)
-    if source == "torchvision":
-        model = _torchvision(name)
-    elif source == "timm":
-        model = _timm(name)
+    if source in ZOOS:
+        model = _from_zoo(source, name)
     elif source.endswith(".py"):
         model = _file(Path(source), name)
     else:
@@ -61,26 +61,34 @@ def _near(name: str, known: Any) -> str:
     return f", did you mean {close[0]!r}" if close else ""
 
 
-def _torchvision(name: str) -> nn.Module:
+def _zoo(source: str) -> Any:
+    """The module of a model zoo, with `list_models`.
+
+    Raises:
+        ValueError: it is not installed, or does not fit this torch.
+    """
     torchvision_shim()
     try:
-        from torchvision import models as zoo
+        return importlib.import_module(ZOOS[source])
     except (ImportError, RuntimeError) as error:
-        raise ValueError(f"torchvision:{name} needs a torchvision that fits this torch: {error}") from error
-    if name not in zoo.list_models():
-        raise ValueError(f"torchvision has no model {name!r}{_near(name, zoo.list_models())}")
-    return zoo.get_model(name)
+        raise ValueError(f"{source}:NAME needs a {source} that fits this torch: {error}") from error
 
 
-def _timm(name: str) -> nn.Module:
-    torchvision_shim()
-    try:
-        import timm
-    except (ImportError, RuntimeError) as error:
-        raise ValueError(f"timm:{name} needs timm: {error}") from error
-    if not timm.is_model(name):
-        raise ValueError(f"timm has no model {name!r}{_near(name, timm.list_models())}")
-    return timm.create_model(name)
+def zoo(source: str) -> list[str]:
+    """Names of the models of "torchvision" or "timm".
+
+    Raises:
+        ValueError: it is not installed, or does not fit this torch.
+    """
+    return list(_zoo(source).list_models())
+
+
+def _from_zoo(source: str, name: str) -> nn.Module:
+    names = zoo(source)
+    if name not in names:
+        raise ValueError(f"{source} has no model {name!r}{_near(name, names)}")
+    home = _zoo(source)
+    return home.create_model(name) if source == "timm" else home.get_model(name)
 
 
 def _file(path: Path, name: str) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import nn
 from fused_resnet import fusing
 from fused_resnet.bench import curves, results
 from fused_resnet.bench.stock import OWN, restored
-from fused_resnet.cli import checkpoints, console, datasets, models, outcome, processes
+from fused_resnet.cli import checkpoints, console, datasets, models, options, outcome, processes
 from fused_resnet.cli.datasets import Data
 from fused_resnet.cli.processes import Processes
 from fused_resnet.cli.recipe import Recipe, build
@@ -30,7 +29,8 @@ def train(
                                              "train/CLASS/ and val/CLASS/")] = None,
     size: Annotated[int | None, typer.Option(help="edge of the images in pixels", min=8)] = None,
     limit: Annotated[int | None, typer.Option(help="use only so many training images", min=2)] = None,
-    model: Annotated[str | None, typer.Option(help=f"default: cifar_resnet of --depth; else {models.HELP}")] = None,
+    model: Annotated[str | None, typer.Option(help=f"default: cifar_resnet of --depth; else {models.HELP}",
+                                              autocompletion=options.complete_models)] = None,
     depth: Annotated[int, typer.Option(help="of the CIFAR-style ResNet: 6n + 2")] = 20,
     start: Annotated[str | None, typer.Option("--from", help="state dict to start from; a classifier of another "
                                               "width is made anew")] = None,
@@ -59,12 +59,12 @@ def train(
     both: Annotated[bool, typer.Option("--both", help="train both from one seed; compare curves and cost")] = False,
     recompute: Annotated[bool, typer.Option("--recompute", help="fused blocks save little for backward")] = False,
     sync_bn: Annotated[bool, typer.Option("--sync-bn", help="batch norm over all processes of torchrun")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda")] = None,
+    device: options.Device = None,
     seed: Annotated[int, typer.Option(help="of weights, order and augmentation")] = 0,
     out: Annotated[Path | None, typer.Option(help="folder for checkpoint.pt, train.json and curves.png")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run that --out holds")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="the outcome as one JSON object")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress")] = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
 ) -> int:
     """Trains, evaluates accuracy and per-class recall, fuses, compares the predictions and the speed."""
     given = dict(locals())
@@ -162,11 +162,11 @@ class Run:
         record = {**asdict(found), "recipe": asdict(self.recipe), "curves": {k: asdict(v) for k, v in drawn.items()},
                   "environment": results.describe_environment(), "commit": results.commit()}
         if self.out is not None:
-            (self.out / "train.json").write_text(json.dumps(record, indent=1) + "\n")
+            (self.out / "train.json").write_text(results.to_text(record) + "\n")
             curves.draw(drawn, self.out / "curves.png", f"{self.recipe.name} on {self.data.name}, "
                         f"{self.recipe.joint} images a step")
         if as_json:
-            console.out.print(json.dumps(record, indent=1), markup=False, soft_wrap=True)
+            console.emit(record)
         else:
             console.out.print(outcome.table(found))
         return 0 if found.equal_top1 == found.held_out else 1

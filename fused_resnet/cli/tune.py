@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from torch import nn
 from fused_resnet import backends, fusing, numerics, tuner
 from fused_resnet.bench import pictures
 from fused_resnet.bench.session import precision
-from fused_resnet.cli import console, models
+from fused_resnet.cli import console, models, options
 from fused_resnet.problem import ConvProblem
 
 LEAST = 1.0  # seconds for a problem, however many are still to do
@@ -53,18 +52,20 @@ class Run:
 
 
 def tune(
-    model: Annotated[list[str], typer.Option(help=f"may be repeated: {models.HELP}")] = ["resnet50", "resnet18"],  # noqa: B006
+    model: Annotated[list[str], typer.Option(help=f"may be repeated: {models.HELP}",
+                                             autocompletion=options.complete_models)] = ["resnet50", "resnet18"],  # noqa: B006
     batch: Annotated[list[str], typer.Option(help="may be repeated: batch sizes")] = ["1", "8"],  # noqa: B006
-    dtype: Annotated[list[str], typer.Option(help="may be repeated: fp32, tf32, bf16, fp16")] = ["fp32", "bf16"],  # noqa: B006
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
+    dtype: Annotated[list[str], typer.Option(help="may be repeated: fp32, tf32, bf16, fp16",
+                                             autocompletion=options.complete_dtypes)] = ["fp32", "bf16"],  # noqa: B006
+    device: options.Device = None,
     size: Annotated[int, typer.Option(help="edge of the input in pixels", min=8)] = pictures.SIZE,
     channels: Annotated[int, typer.Option(help="channels of the input", min=1)] = 3,
     layer: Annotated[str, typer.Option(help="only problems whose name contains this, such as r3s3")] = "",
     budget: Annotated[float, typer.Option(help="seconds, shared between the problems", min=0)] = 300,
-    threads: Annotated[int | None, typer.Option(help="PyTorch's thread count")] = None,
+    threads: options.Threads = None,
     again: Annotated[bool, typer.Option("--again", help="measure what has been measured before, too")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="the rows of every candidate as one JSON object")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no notes")] = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Times every kernel on every problem of the models, wrong ones left out, and keeps the winners.
 
@@ -153,8 +154,7 @@ def _show(device: str, todo: dict[Key, Entry], as_json: bool, quiet: bool) -> No
     done = [entry for entry in todo.values() if entry.rows]
     if as_json:
         rows = [{"family": e.family, "problem": e.problem.id, "count": e.count, **row} for e in done for row in e.rows]
-        console.out.print(json.dumps({"device": backends.device_name(device), "cache": str(backends.cache().path),
-                                      "rows": rows}, indent=1), markup=False, soft_wrap=True)
+        console.emit({"device": backends.device_name(device), "cache": str(backends.cache().path), "rows": rows})
     elif done:
         console.out.print(table(done))
     with contextlib.suppress(StopIteration):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from fused_resnet import fusing, numerics
 from fused_resnet.bench import pictures
-from fused_resnet.cli import console, models
+from fused_resnet.cli import console, models, options
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,16 @@ class LayerError:
 
 
 def verify(
-    model: Annotated[str, typer.Option(help=models.HELP)] = "resnet50",
+    model: options.Model = "resnet50",
     batch: Annotated[int, typer.Option(help="images", min=1)] = 2,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
-    device: Annotated[str | None, typer.Option(help="cpu or cuda")] = None,
+    dtype: options.Dtype = "fp32",
+    device: options.Device = None,
     weights: Annotated[Path | None, typer.Option(help="state dict for the model")] = None,
     images: Annotated[Path | None, typer.Option(help="folder of pictures; default: scikit-image's")] = None,
     size: Annotated[int, typer.Option(help="edge of the input in pixels", min=8)] = pictures.SIZE,
     worst: Annotated[int, typer.Option(help="rows of the layer table", min=0)] = 10,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="the verdict only")] = False,
+    as_json: options.AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="the verdict only, no progress")] = False,
 ) -> int:
     """Compares the fused model with stock PyTorch against an fp64 run; exit code 1 when it is out of tolerance."""
     where, precision = console.device_of(device), console.dtype_of(dtype)
@@ -58,12 +59,18 @@ def verify(
         fused = fusing.fuse(stock)
         verdict = fusing.verify(stock, fused, sample)
         show("compare layer by layer", 1)
-        rows = [] if quiet or not worst else layers(stock, sample)
+        rows = [] if quiet and not as_json or not worst else layers(stock, sample)
+    report = fusing.report(fused)
+    if as_json:
+        console.emit({"model": name, "dtype": verdict.dtype, "device": where, "batch": batch, "ok": bool(verdict),
+                      "fused": asdict(verdict.fused), "stock": asdict(verdict.stock), "verdict": str(verdict),
+                      "blocks": [{**asdict(row), "ratio": row.ratio} for row in rows[:worst]],
+                      "convolutions": len(report), "fused_convolutions": report.fused})
+        return 0 if verdict else 1
     console.out.print(str(verdict), markup=False, soft_wrap=True)
     if rows:
         console.out.print(_table(rows, worst))
-    report = fusing.report(fused)
-    console.out.print(f"{report.fused} of {len(report)} convolutions fused")
+    console.out.print(report.counted)
     return 0 if verdict else 1
 
 

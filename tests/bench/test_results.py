@@ -32,7 +32,26 @@ def test_the_schema_has_these_fields_and_no_others(record, tmp_path):
     assert set(data["rows"][0]) == {
         "level", "model", "problem", "batch", "dtype", "autocast", "device", "mode", "graph", "provider", "backend",
         "status", "ms_p20", "ms_p50", "ms_p80", "images_per_s", "vs_stock", "rel_error", "launches", "peak_mem_mb",
-        "saved_mb", "roofline_share"}
+        "saved_mb", "roofline_share", "samples"}
+
+
+def test_samples_stand_in_one_line_and_files_without_them_are_read(record, tmp_path):
+    record.rows[0].samples = [1.5, 1.23456789, 2.0]
+    path = results.save(record, tmp_path / "a.json")
+    assert '"samples": [1.5, 1.2346, 2.0]' in path.read_text()
+    assert results.load(path).rows[0].samples == [1.5, 1.2346, 2.0]
+    data = record.to_dict()
+    for row in data["rows"]:
+        del row["samples"]
+    path.write_text(json.dumps(data))
+    assert results.load(path).rows[0].samples is None
+
+
+def test_text_is_json_of_the_same_value():
+    value = {"numbers": [1, -2.5e-07, 3], "words": ["a", "b"], "none": [], "deep": [[1], [2.0, 3]], "mixed": [None, 1],
+             "sly": "[\n 1,\n 2\n]"}
+    text = results.to_text(value)
+    assert json.loads(text) == value and "[1, -2.5e-07, 3]" in text and "[2.0, 3]" in text
 
 
 def test_rows_with_a_graph_are_told_from_those_without(record):
@@ -64,6 +83,8 @@ def test_an_unwritable_folder_is_named(record, tmp_path):
     (lambda d: d["rows"][0].update(dtype="fp31"), "row 0: dtype is 'fp31', expected one of fp32"),
     (lambda d: d["rows"][0].update(status="fine"), "row 0: status is 'fine'"),
     (lambda d: d["rows"][0].update(ms_p20="fast"), "row 0: ms_p20 is 'fast', expected a number or null"),
+    (lambda d: d["rows"][0].update(samples=[1.0, -2.0]), "row 0: samples are [1.0, -2.0], expected positive numbers"),
+    (lambda d: d["rows"][0].update(samples=[]), "row 0: samples are []"),
     (lambda d: d["rows"][0].update(batch=1.5), "row 0: batch must be a whole number"),
     (lambda d: d["rows"][0].update(ms_p50=None), "row 0: status is ok without ms_p50")])
 def test_a_file_that_breaks_the_schema_is_refused(record, tmp_path, change, message):
