@@ -216,11 +216,10 @@ class Plan:
                 answers[id(module)].append(answer)
 
         handles = [m.register_forward_hook(keep) for m in {id(m): m for m in opaque}.values()]
-        executor.state.stock = True
         try:
-            yield answers
+            with executor.as_stock():
+                yield answers
         finally:
-            executor.state.stock = False
             for handle in handles:
                 handle.remove()
 

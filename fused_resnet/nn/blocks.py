@@ -2,7 +2,8 @@
 
 Constructor arguments, attribute names and state-dict keys are those of torchvision (`BasicBlock`,
 `Bottleneck`), of the common tutorials (`ResidualBlock`) and of kuangliu/pytorch-cifar
-(`PreActBlock`). The projection of the input runs before the last convolution, which adds it.
+(`PreActBlock`). The projection of the input runs before the launch that adds it, and where the modules
+run by themselves after the last of them, as in torchvision.
 """
 
 from __future__ import annotations
@@ -100,8 +101,8 @@ class BasicBlock(_Block):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, inplanes, H, W] -> [N, planes, P, Q], with the strides that the stock modules give."""
         out = run(x, self.conv1, self.bn1, self.relu, group=self.process_group)
-        identity = project(x, self.downsample, self.process_group)
-        return run(out, self.conv2, self.bn2, self.relu, residual=identity, group=self.process_group)
+        return run(out, self.conv2, self.bn2, self.relu, group=self.process_group,
+                   residual=lambda: project(x, self.downsample, self.process_group))
 
 
 class Bottleneck(_Block):
@@ -147,8 +148,8 @@ class Bottleneck(_Block):
         """[N, inplanes, H, W] -> [N, 4 * planes, P, Q], with the strides that the stock modules give."""
         out = run(x, self.conv1, self.bn1, self.relu, group=self.process_group)
         out = run(out, self.conv2, self.bn2, self.relu, group=self.process_group)
-        identity = project(x, self.downsample, self.process_group)
-        return run(out, self.conv3, self.bn3, self.relu, residual=identity, group=self.process_group)
+        return run(out, self.conv3, self.bn3, self.relu, group=self.process_group,
+                   residual=lambda: project(x, self.downsample, self.process_group))
 
 
 class ResidualBlock(_Block):
@@ -186,8 +187,9 @@ class ResidualBlock(_Block):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, P, Q], with the strides that the stock modules give."""
         out = run(x, self.conv1, self.bn1, self.relu, group=self.process_group)
-        identity = project(x, self.shortcut if self.downsample is None else self.downsample, self.process_group)
-        return run(out, self.conv2, self.bn2, self.relu, residual=identity, group=self.process_group)
+        shortcut = self.shortcut if self.downsample is None else self.downsample
+        return run(out, self.conv2, self.bn2, self.relu, group=self.process_group,
+                   residual=lambda: project(x, shortcut, self.process_group))
 
 
 class PreActBlock(_Block):

@@ -6,9 +6,10 @@ Where a guard fails, the modules themselves run. Our blocks come in through `run
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, overload
 
 import torch
@@ -19,6 +20,7 @@ from fused_resnet.nn import training
 from fused_resnet.nn.guards import (
     ACTIVATIONS,
     GRAD,
+    OLD_HOOKS,
     TRAINING,
     activation_blocked,
     ambient,
@@ -179,26 +181,45 @@ def _notice_training(norm: nn.Module | None, steps: int | None) -> None:
         backends.forget((norm.running_mean, norm.running_var))  # type: ignore[arg-type]
 
 
-def stock(x: Any, conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None, residual: Any,
+Residual = torch.Tensor | Callable[[], torch.Tensor] | None
+
+
+def stock(x: Any, conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None, residual: Residual,
           prologue: tuple[nn.Module, nn.Module | None] | None) -> Any:
-    """The modules, one after the other."""
+    """The modules, one after the other; a residual that is yet to be made is made where stock blocks make it."""
     if prologue is not None:
         x = prologue[0](x)
         x = x if prologue[1] is None else prologue[1](x)
     out = conv(x)
     out = out if norm is None else norm(out)
     if residual is not None:
-        out += residual
+        out += residual() if callable(residual) else residual
     return out if activation is None else activation(out)
 
 
 _memos: weakref.WeakKeyDictionary[nn.Module, Memo] = weakref.WeakKeyDictionary()
 
 
+def _separate(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None,
+              prologue: tuple[nn.Module, nn.Module | None] | None) -> str | None:
+    """Why the modules have to run one by one, whatever the residual, or None."""
+    if not state.inside:
+        reason = ambient((x,), lambda: (p for m in (conv, norm, *(prologue or ())) if m is not None
+                                        for p in m.parameters(recurse=False)))
+        if reason is not None:
+            return reason
+    reason = blocked(conv, norm, activation)
+    if reason is None and prologue is not None:
+        reason = norm_blocked(prologue[0]) or activation_blocked(prologue[1])
+    if reason is None and not (state.inside or suggests_channels_last(x)
+                               or suggests_channels_last(conv.weight)):  # type: ignore[arg-type]
+        reason = "contiguous tensors outside of a planned region: converting costs more than one launch gains"
+    return "there is nothing to compute" if reason is None and not x.numel() else reason
+
+
 def run(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None = None, activation: nn.Module | None = None,
-        residual: torch.Tensor | None = None,
-        prologue: tuple[nn.Module, nn.Module | None] | None = None, pool: nn.Module | None = None,
-        group: Any = None) -> torch.Tensor:
+        residual: Residual = None, prologue: tuple[nn.Module, nn.Module | None] | None = None,
+        pool: nn.Module | None = None, group: Any = None) -> torch.Tensor:
     """activation(norm(conv(x)) + residual) in one launch where every guard holds, else module by module.
 
     Args:
@@ -206,7 +227,8 @@ def run(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None = None, activat
         conv: torch.nn.Conv2d.
         norm: BatchNorm2d with running statistics, or FrozenBatchNorm2d.
         activation: a module of `ACTIVATIONS`.
-        residual: [N, K, P, Q], added before the activation.
+        residual: [N, K, P, Q], added before the activation, or what makes it: called after conv and norm where these
+            run by themselves, so that hooks, errors and side effects come in stock's order.
         prologue: (norm, activation) modules applied to x first.
         pool: applied to the result, within the launch where a kernel of the family `stem` is chosen. Only without
             residual and prologue.
@@ -225,34 +247,26 @@ def run(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None = None, activat
     if torch.compiler.is_compiling():  # the compiler fuses the stock modules its own way
         training.refuse_alone(group, norm)
         return stock(x, conv, norm, activation, residual, prologue)
-    reason = None
     if not state.inside:
+        residual = functools.cache(residual) if callable(residual) else residual
         out = training.single(x, conv, norm, activation, residual, group) if prologue is None else None
         if out is not None:
             return out
         training.refuse_alone(group, norm)
-        tensors = (x,) if residual is None else (x, residual)
-        reason = ambient(tensors, lambda: (p for m in (conv, norm, *(prologue or ())) if m is not None
-                                           for p in m.parameters(recurse=False)))
-    reason = reason or blocked(conv, norm, activation)
-    if reason is None and prologue is not None:
-        reason = norm_blocked(prologue[0]) or activation_blocked(prologue[1])
-    if reason is None and not (state.inside or suggests_channels_last(x)
-                               or suggests_channels_last(conv.weight)):  # type: ignore[arg-type]
-        reason = "contiguous tensors outside of a planned region: converting costs more than one launch gains"
-    if reason is None and not x.numel():
-        reason = "there is nothing to compute"
-    if reason is None:
-        name = "identity" if activation is None else ACTIVATIONS[type(activation)]
-        pre = None if prologue is None else (prologue[0], "identity" if prologue[1] is None
-                                             else ACTIVATIONS[type(prologue[1])])
-        memo = _memos.get(conv)
-        if memo is None:
-            memo = _memos[conv] = Memo()
-        out = launch(x, conv, norm, name, residual, pre, state.inside and state.finite, False, pool is not None, memo)
-        if out is not None:
-            state.finite = state.finite and (state.kernel or not out.is_cpu or backends.all_finite(out))
-            return out if state.inside else settle(out)
+    if _separate(x, conv, norm, activation, prologue) is None:
+        residual = residual() if callable(residual) else residual
+        if residual is None or state.inside or ambient((residual,), tuple) is None:
+            name = "identity" if activation is None else ACTIVATIONS[type(activation)]
+            pre = None if prologue is None else (prologue[0], "identity" if prologue[1] is None
+                                                 else ACTIVATIONS[type(prologue[1])])
+            memo = _memos.get(conv)
+            if memo is None:
+                memo = _memos[conv] = Memo()
+            out = launch(x, conv, norm, name, residual, pre, state.inside and state.finite, False, pool is not None,
+                         memo)
+            if out is not None:
+                state.finite = state.finite and (state.kernel or not out.is_cpu or backends.all_finite(out))
+                return out if state.inside else settle(out)
     state.finite = False
     out = stock(x, conv, norm, activation, residual, prologue)
     return out if pool is None else pool(out)
@@ -291,6 +305,16 @@ def survey(module: nn.Module) -> _Survey:
     return found
 
 
+@contextlib.contextmanager
+def as_stock() -> Iterator[None]:
+    """Inside, all modules of this thread run as they are."""
+    before, state.stock = state.stock, True
+    try:
+        yield
+    finally:
+        state.stock = before
+
+
 Forward = TypeVar("Forward", bound=Callable[..., torch.Tensor])
 
 
@@ -317,6 +341,9 @@ def planned(forward: Any = None, *, convert: bool = True) -> Any:
         if torch.compiler.is_compiling() or state.inside:
             return forward(self, x)
         if self.training or gradients((x,), self.parameters):
+            if self._is_full_backward_hook is False:  # OLD_HOOKS
+                with as_stock():
+                    return forward(self, x)
             out = training.attempt(self, x)
             return forward(self, x) if out is None else out
         if ambient((x,), self.parameters) is not None or x.dim() != 4 or not x.numel():
@@ -337,6 +364,6 @@ def planned(forward: Any = None, *, convert: bool = True) -> Any:
     return region
 
 
-__all__ = ["ACTIVATIONS", "GRAD", "TRAINING", "Memo", "ambient", "blocked", "hooked", "is_frozen", "is_norm", "launch",
-           "norm_blocked", "planned", "pool_blocked", "pooling_blocked", "restore", "run", "settle", "state", "stock",
-           "suggests_channels_last", "survey"]
+__all__ = ["ACTIVATIONS", "GRAD", "OLD_HOOKS", "TRAINING", "Memo", "ambient", "as_stock", "blocked",
+           "hooked", "is_frozen", "is_norm", "launch", "norm_blocked", "planned", "pool_blocked", "pooling_blocked",
+           "restore", "run", "settle", "state", "stock", "suggests_channels_last", "survey"]

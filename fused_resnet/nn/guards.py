@@ -84,8 +84,8 @@ def ambient(tensors: Iterable[Any], parameters: Callable[[], Iterable[torch.Tens
     for t in tensors:
         if type(t) not in TENSORS:
             return f"an input is a {type(t).__name__}, not a plain tensor"
-        if t.layout is not torch.strided or t.is_meta:
-            return "an input is sparse or has no data"
+        if t.layout is not torch.strided or t.is_meta or t.is_nested:
+            return "an input is sparse or nested, or has no data"
     if parameters is not None and gradients(tensors, parameters):
         return GRAD
     if (torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
@@ -105,6 +105,10 @@ def _watched_functions() -> bool:
 
 
 GRAD = "gradients are needed: the stock forward runs until training kernels exist"
+
+
+# What register_backward_hook gives: the gradients that the last node of autograd returns, which must be stock's node.
+OLD_HOOKS = "a deprecated backward hook is registered: it sees single nodes of autograd"
 
 
 def blocked(conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None) -> str | None:

@@ -55,11 +55,18 @@ def attempt(block: nn.Module, x: Any) -> torch.Tensor | None:
 
 
 def single(x: Any, conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None,
-           residual: torch.Tensor | None, group: Any = None) -> torch.Tensor | None:
-    """activation(norm(conv(x)) + residual) where it trains, or None where the modules have to run."""
-    tensors = (x,) if residual is None else (x, residual)
+           residual: Any, group: Any = None) -> torch.Tensor | None:
+    """activation(norm(conv(x)) + residual) where it trains, or None where the modules have to run.
+
+    A residual that is yet to be made is made as late as possible: where None is known without it, its maker is not
+    called.
+    """
     unit = None if norm is None else _unit(conv, norm, activation)
-    if unit is None or guards.ambient(tensors, None) is not None:
+    if unit is None or stock_wins(x, None, group) or guards.ambient((x,), None) is not None:
+        return None
+    residual = residual() if callable(residual) else residual
+    tensors = (x,) if residual is None else (x, residual)
+    if residual is not None and guards.ambient((residual,), None) is not None:
         return None
     if not norm.training and not guards.gradients(tensors, lambda: (*conv.parameters(), *norm.parameters())):  # type: ignore
         return None
