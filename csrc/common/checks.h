@@ -74,17 +74,36 @@ inline void check_mask(const Maybe& mask, const Tensor& x) {
                   "mask must be uint8 of ", mask_bytes(x.numel()), " bytes on the device of x");
 }
 
-inline void check_norm(const Tensor& x, const Maybe& gamma, const Maybe& beta, const Maybe& mean, const Maybe& var) {
-  check_vector(gamma, x.size(1), x, "gamma");
-  check_vector(beta, x.size(1), x, "beta");
-  check_vector(mean, x.size(1), x, "mean");
-  check_vector(var, x.size(1), x, "var");
+// The norm of an image with the device of x.
+inline void check_norm(const Tensor& x, int64_t channels, const Maybe& gamma, const Maybe& beta, const Maybe& mean,
+                       const Maybe& var) {
+  check_vector(gamma, channels, x, "gamma");
+  check_vector(beta, channels, x, "beta");
+  check_vector(mean, channels, x, "mean");
+  check_vector(var, channels, x, "var");
+  STD_TORCH_CHECK(mean.has_value() == var.has_value(), "mean and var must be given together");
 }
 
 inline void check_shortcut(const Tensor& x, const Maybe& residual, const Maybe& r_mean, const Maybe& r_var) {
   if (residual.has_value()) check_image(*residual, x, "residual");
   STD_TORCH_CHECK(r_mean.has_value() == r_var.has_value() && (residual.has_value() || !r_var.has_value()),
                   "the norm of a residual needs the residual, its mean and its var");
+}
+
+// What the sums and the gradient of a norm ask of their images.
+inline void check_backward(const Tensor& x, const Tensor& dy, const Maybe& mask, const Maybe& residual,
+                           const Maybe& r_mean, const Maybe& r_var) {
+  check_image(x, x, "x");
+  check_image(dy, x, "dy");
+  check_mask(mask, x);
+  check_shortcut(x, residual, r_mean, r_var);
+}
+
+inline void check_means(const Tensor& x, const Tensor& means, bool shortcut, const Maybe& r_var, const Maybe& r_means) {
+  STD_TORCH_CHECK(shortcut || !r_var.has_value(), "a norm of the shortcut without a shortcut");
+  STD_TORCH_CHECK(r_means.has_value() == r_var.has_value(), "a norm of the shortcut needs its means");
+  check_vector(means, 2 * x.size(1), x, "means");
+  check_vector(r_means, 2 * x.size(1), x, "r_means");
 }
 
 inline Tensor make(const Sizes& sizes, ScalarType dtype, const Tensor& like, bool channels_last = false) {
@@ -174,6 +193,17 @@ inline ConvShape conv_shape(const Tensor& x, const Tensor& weight, const Sizes& 
   s.P = at(high / s.stride_h + 1);
   s.Q = at(wide / s.stride_w + 1);
   return s;
+}
+
+// The norms behind and in front of a convolution, and its bias.
+inline void check_conv_norms(const Tensor& x, const ConvShape& s, const Maybe& bias, const Maybe& gamma,
+                             const Maybe& beta, const Maybe& mean, const Maybe& var, const Maybe& pre_gamma,
+                             const Maybe& pre_beta, const Maybe& pre_mean, const Maybe& pre_var,
+                             const std::string& prologue) {
+  check_vector(bias, s.K, x, "bias");
+  check_norm(x, s.K, gamma, beta, mean, var);
+  check_norm(x, s.C, pre_gamma, pre_beta, pre_mean, pre_var);
+  STD_TORCH_CHECK(prologue.empty() != pre_mean.has_value(), "a prologue needs its mean and var");
 }
 
 }  // namespace fused_resnet

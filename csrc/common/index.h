@@ -31,6 +31,12 @@ FR_HD Pixel pixel_of(int64_t m, int32_t P, int32_t Q) {
   return Pixel{static_cast<int32_t>(row / P), static_cast<int32_t>(row % P), static_cast<int32_t>(m % Q)};
 }
 
+// The pixel `offset` behind `first`, offset < 2^30: without the 64-bit divisions, which are calls on a GPU.
+FR_HD Pixel pixel_behind(Pixel first, int32_t offset, int32_t P, int32_t Q) {
+  const int32_t q = first.q + offset, p = first.p + q / Q;
+  return Pixel{first.n + p / P, p % P, q % Q};
+}
+
 // Row or column of the input that output position `p` reads with tap `r`; may lie outside of the image.
 FR_HD int32_t tap(int32_t p, int32_t r, int32_t stride, int32_t padding, int32_t dilation) {
   return p * stride - padding + r * dilation;

@@ -41,9 +41,9 @@ std::tuple<Tensor, Tensor> bn_act(const Tensor& x, const Maybe& gamma, const May
                                   const Maybe& r_gamma, const Maybe& r_beta, const Maybe& r_mean, const Maybe& r_var,
                                   double r_eps) {
   check_image(x, x, "x");
-  check_norm(x, gamma, beta, mean, var);
+  check_norm(x, x.size(1), gamma, beta, mean, var);
   check_shortcut(x, residual, r_mean, r_var);
-  check_norm(x, r_gamma, r_beta, r_mean, r_var);
+  check_norm(x, x.size(1), r_gamma, r_beta, r_mean, r_var);
   const Activation kind = kink_of(activation);
   Tensor y = image_like(x);
   Tensor mask = make({kind == Activation::identity ? 0 : mask_bytes(x.numel())}, ScalarType::Byte, x);
@@ -91,12 +91,9 @@ void sum_strips(const BnAct<T>& a, int64_t count, const std::array<const Accumul
 
 Tensor bn_act_sums(const Tensor& dy, const Maybe& mask, const Tensor& x, const Tensor& mean, const Tensor& var,
                    double eps, const Maybe& residual, const Maybe& r_mean, const Maybe& r_var, double r_eps) {
-  check_image(x, x, "x");
-  check_image(dy, x, "dy");
-  check_mask(mask, x);
-  check_norm(x, std::nullopt, std::nullopt, mean, var);
-  check_shortcut(x, residual, r_mean, r_var);
-  check_norm(x, std::nullopt, std::nullopt, r_mean, r_var);
+  check_backward(x, dy, mask, residual, r_mean, r_var);
+  check_norm(x, x.size(1), std::nullopt, std::nullopt, mean, var);
+  check_norm(x, x.size(1), std::nullopt, std::nullopt, r_mean, r_var);
   const int64_t count = r_var.has_value() ? 3 : 2;
   Tensor sums = make({count, x.size(1)}, accumulator_type(x), x);
   by_dtype(x, [&](auto element) {
@@ -118,15 +115,10 @@ std::tuple<Tensor, Tensor> bn_act_grad(const Tensor& dy, const Maybe& mask, cons
                                        const Tensor& mean, const Tensor& var, double eps, const Tensor& means,
                                        bool shortcut, const Maybe& residual, const Maybe& r_gamma, const Maybe& r_mean,
                                        const Maybe& r_var, double r_eps, const Maybe& r_means) {
-  check_image(x, x, "x");
-  check_image(dy, x, "dy");
-  check_mask(mask, x);
-  check_norm(x, gamma, std::nullopt, mean, var);
-  check_shortcut(x, residual, r_mean, r_var);
-  check_norm(x, r_gamma, std::nullopt, r_mean, r_var);
-  check_vector(means, 2 * x.size(1), x, "means");
-  check_vector(r_means, 2 * x.size(1), x, "r_means");
-  STD_TORCH_CHECK(shortcut || !r_var.has_value(), "a norm of the shortcut without a shortcut");
+  check_backward(x, dy, mask, residual, r_mean, r_var);
+  check_means(x, means, shortcut, r_var, r_means);
+  check_norm(x, x.size(1), gamma, std::nullopt, mean, var);
+  check_norm(x, x.size(1), r_gamma, std::nullopt, r_mean, r_var);
   Tensor dx = image_like(x);
   Tensor dr = shortcut ? image_like(x) : make({0}, x.scalar_type(), x);
   by_dtype(x, [&](auto element) {

@@ -67,15 +67,6 @@ Tensor convolve(const ConvShape& s, const ConvCall& o) {
   return y;
 }
 
-void check_vectors(const Tensor& x, int64_t size, const Maybe& gamma, const Maybe& beta, const Maybe& mean,
-                   const Maybe& var) {
-  check_vector(gamma, size, x, "gamma");
-  check_vector(beta, size, x, "beta");
-  check_vector(mean, size, x, "mean");
-  check_vector(var, size, x, "var");
-  STD_TORCH_CHECK(mean.has_value() == var.has_value(), "mean and var must be given together");
-}
-
 void check_residual(const Maybe& residual, const ConvShape& s, const Tensor& x) {
   if (!residual.has_value()) return;
   STD_TORCH_CHECK(is_channels_last(*residual), "residual must be dense in channels_last memory");
@@ -92,10 +83,7 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const Maybe& bias, con
                    const Sizes& padding, const Sizes& dilation, int64_t groups, int64_t tile) {
   STD_TORCH_CHECK(tile == kNoTile, "tile = ", tile, ", but the CPU's kernel has no tiles");
   const ConvShape s = conv_shape(x, weight, stride, padding, dilation, groups);
-  check_vectors(x, s.K, gamma, beta, mean, var);
-  check_vectors(x, s.C, pre_gamma, pre_beta, pre_mean, pre_var);
-  check_vector(bias, s.K, x, "bias");
-  STD_TORCH_CHECK(prologue.empty() != pre_mean.has_value(), "a prologue needs its mean and var");
+  check_conv_norms(x, s, bias, gamma, beta, mean, var, pre_gamma, pre_beta, pre_mean, pre_var, prologue);
   check_residual(residual, s, x);
   return convolve(s, {x,        weight,  bias, gamma,   beta,       mean,     var,    residual, pre_gamma, pre_beta,
                       pre_mean, pre_var, eps,  pre_eps, activation, prologue, stride, padding,  dilation,  groups});
@@ -106,8 +94,8 @@ Tensor stem(const Tensor& x, const Tensor& weight, const Maybe& bias, const Mayb
             const Sizes& padding) {
   const Sizes dilation{1, 1};
   const ConvShape s = conv_shape(x, weight, stride, padding, dilation, 1);
-  check_vectors(x, s.K, gamma, beta, mean, var);
   check_vector(bias, s.K, x, "bias");
+  check_norm(x, s.K, gamma, beta, mean, var);
   const Maybe absent, given_mean = mean, given_var = var;
   const Tensor wide =
       convolve(s, {x,      weight, bias, gamma, beta,       given_mean, given_var, absent,  absent,   absent,

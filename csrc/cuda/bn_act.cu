@@ -22,12 +22,12 @@ BnActArgs<T> args_of(const Tensor& x, const Maybe& residual) {
 }
 
 template <class T>
-NormArgs<Accumulator<T>> norm_of(const Tensor& x, const Maybe& gamma, const Maybe& beta, const Maybe& mean,
-                                 const Maybe& var, const Maybe& means, double eps) {
+NormArgs<Accumulator<T>> norm_of(Vectors& vectors, const Tensor& x, const Maybe& gamma, const Maybe& beta,
+                                 const Maybe& mean, const Maybe& var, const Maybe& means, double eps) {
   using A = Accumulator<T>;
   const int64_t C = x.size(1);
-  return {vector_of<A>(gamma, C, x, "gamma"), vector_of<A>(beta, C, x, "beta"),       vector_of<A>(mean, C, x, "mean"),
-          vector_of<A>(var, C, x, "var"),     vector_of<A>(means, 2 * C, x, "means"), static_cast<A>(eps)};
+  return {vectors.of<A>(gamma, C, "gamma"), vectors.of<A>(beta, C, "beta"),       vectors.of<A>(mean, C, "mean"),
+          vectors.of<A>(var, C, "var"),     vectors.of<A>(means, 2 * C, "means"), static_cast<A>(eps)};
 }
 
 std::tuple<Tensor, Tensor> bn_act(const Tensor& x, const Maybe& gamma, const Maybe& beta, const Tensor& mean,
@@ -38,13 +38,14 @@ std::tuple<Tensor, Tensor> bn_act(const Tensor& x, const Maybe& gamma, const May
   check_shortcut(x, residual, r_mean, r_var);
   const Activation kind = kink_of(activation);
   const Stream stream(x);
+  Vectors vectors(x);
   Tensor y = image_like(x);
   Tensor mask = make({kind == Activation::identity ? 0 : mask_bytes(x.numel())}, ScalarType::Byte, x);
   by_dtype(x, [&](auto element) {
     using T = decltype(element);
     BnActArgs<T> a = args_of<T>(x, residual);
-    a.norm = norm_of<T>(x, gamma, beta, mean, var, {}, eps);
-    a.r_norm = norm_of<T>(x, r_gamma, r_beta, r_mean, r_var, {}, r_eps);
+    a.norm = norm_of<T>(vectors, x, gamma, beta, mean, var, {}, eps);
+    a.r_norm = norm_of<T>(vectors, x, r_gamma, r_beta, r_mean, r_var, {}, r_eps);
     a.y = data_out<T>(y);
     a.mask = kind == Activation::identity ? nullptr : data_out<uint8_t>(mask);
     a.activation = kind;
@@ -56,19 +57,17 @@ std::tuple<Tensor, Tensor> bn_act(const Tensor& x, const Maybe& gamma, const May
 
 Tensor bn_act_sums(const Tensor& dy, const Maybe& mask, const Tensor& x, const Tensor& mean, const Tensor& var,
                    double eps, const Maybe& residual, const Maybe& r_mean, const Maybe& r_var, double r_eps) {
-  check_image(x, x, "x");
-  check_image(dy, x, "dy");
-  check_mask(mask, x);
-  check_shortcut(x, residual, r_mean, r_var);
+  check_backward(x, dy, mask, residual, r_mean, r_var);
   const Stream stream(x);
+  Vectors vectors(x);
   const int64_t count = r_var.has_value() ? 3 : 2;
   Tensor sums = make({count, x.size(1)}, accumulator_type(x), x);
   by_dtype(x, [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
     BnActArgs<T> a = args_of<T>(x, residual);
-    a.norm = norm_of<T>(x, {}, {}, mean, var, {}, eps);
-    a.r_norm = norm_of<T>(x, {}, {}, r_mean, r_var, {}, r_eps);
+    a.norm = norm_of<T>(vectors, x, {}, {}, mean, var, {}, eps);
+    a.r_norm = norm_of<T>(vectors, x, {}, {}, r_mean, r_var, {}, r_eps);
     a.dy = data<T>(dy);
     a.given_mask = data<uint8_t>(mask);
     a.aligned = aligned(a.x, a.residual, a.dy);
@@ -84,20 +83,17 @@ std::tuple<Tensor, Tensor> bn_act_grad(const Tensor& dy, const Maybe& mask, cons
                                        const Tensor& mean, const Tensor& var, double eps, const Tensor& means,
                                        bool shortcut, const Maybe& residual, const Maybe& r_gamma, const Maybe& r_mean,
                                        const Maybe& r_var, double r_eps, const Maybe& r_means) {
-  check_image(x, x, "x");
-  check_image(dy, x, "dy");
-  check_mask(mask, x);
-  check_shortcut(x, residual, r_mean, r_var);
-  STD_TORCH_CHECK(shortcut || !r_var.has_value(), "a norm of the shortcut without a shortcut");
-  STD_TORCH_CHECK(r_means.has_value() == r_var.has_value(), "a norm of the shortcut needs its means");
+  check_backward(x, dy, mask, residual, r_mean, r_var);
+  check_means(x, means, shortcut, r_var, r_means);
   const Stream stream(x);
+  Vectors vectors(x);
   Tensor dx = image_like(x);
   Tensor dr = shortcut ? image_like(x) : make({0}, x.scalar_type(), x);
   by_dtype(x, [&](auto element) {
     using T = decltype(element);
     BnActArgs<T> a = args_of<T>(x, residual);
-    a.norm = norm_of<T>(x, gamma, {}, mean, var, means, eps);
-    a.r_norm = norm_of<T>(x, r_gamma, {}, r_mean, r_var, r_means, r_eps);
+    a.norm = norm_of<T>(vectors, x, gamma, {}, mean, var, means, eps);
+    a.r_norm = norm_of<T>(vectors, x, r_gamma, {}, r_mean, r_var, r_means, r_eps);
     a.dy = data<T>(dy);
     a.given_mask = data<uint8_t>(mask);
     a.dx = data_out<T>(dx);

@@ -6,18 +6,11 @@
 #pragma once
 
 #include "common/index.h"
-#include "cuda/device.h"
+#include "cuda/norm.cuh"
 
 namespace fused_resnet {
 
 constexpr int kNormThreads = 256;
-
-// One norm: vectors [C] in the accumulator's type; absent ones are null.
-template <class A>
-struct NormArgs {
-  const A *gamma, *beta, *mean, *var, *means;  // means [2, C]
-  A eps;
-};
 
 // What a launch does not need is null. var of r_norm says whether the shortcut has a norm.
 template <class T>
@@ -33,22 +26,6 @@ struct BnActArgs {
   Activation activation;
   bool aligned;  // every image starts at a multiple of 16 bytes
 };
-
-template <class A>
-struct ChannelNorm {
-  A mean, scale, shift;
-};
-
-template <class A>
-FR_DEVICE A inverse_std(const NormArgs<A>& n, int32_t c) {
-  return inverse_root(n.var[c] + n.eps);
-}
-
-template <class A>
-FR_DEVICE ChannelNorm<A> channel_norm(const NormArgs<A>& n, int32_t c) {
-  return {n.mean[c], (n.gamma == nullptr ? A(1) : n.gamma[c]) * inverse_std(n, c),
-          n.beta == nullptr ? A(0) : n.beta[c]};
-}
 
 template <class A>
 struct ChannelGrad {
@@ -122,9 +99,9 @@ bn_act_forward(const BnActArgs<T> a) {
         if (SHORTCUT == 2) r_norm[i] = channel_norm(a.r_norm, c);
         c = c + 1 == a.C ? 0 : c + 1;
       }
-      z[i] = (z[i] - norm[i].mean) * norm[i].scale + norm[i].shift;
+      z[i] = normalised(z[i], norm[i]);
       if (SHORTCUT == 1) z[i] += residual[i];
-      if (SHORTCUT == 2) z[i] += (residual[i] - r_norm[i].mean) * r_norm[i].scale + r_norm[i].shift;
+      if (SHORTCUT == 2) z[i] += normalised(residual[i], r_norm[i]);
       bits |= (passes(z[i], a.activation) && at + i < a.elements) << i;
       z[i] = activate(z[i], a.activation);
     }

@@ -1,56 +1,54 @@
-// The raw operator _conv_bn_act for CUDA: bf16 and fp16 on sm_80 and up.
-#include "cuda/conv.cuh"
-#include "cuda/launch.h"
+// The raw operator _conv_bn_act for CUDA, sm_80 and up.
+#include "common/conv_tiles.h"
+#include "cuda/conv_launch.h"
 
 namespace fused_resnet {
 namespace {
 
-template <class T>
-void run(const ConvShape& s, const Tensor& x, const Tensor& weight, const Maybe& bias, const Maybe& gamma,
-         const Maybe& beta, const Maybe& mean, const Maybe& var, const Maybe& residual, double eps,
-         Activation activation, int64_t tile, const Tensor& y) {
-  ConvArgs<T> a{};
-  a.shape = s;
-  a.x = data<T>(x);
-  a.weight = data<T>(weight);
-  a.residual = data<T>(residual);
-  a.y = data_out<T>(y);
-  STD_TORCH_CHECK(aligned(a.x, a.weight), "x and weight must start at a multiple of 16 bytes");
-  a.bias = vector_of<float>(bias, s.K, x, "bias");
-  a.gamma = vector_of<float>(gamma, s.K, x, "gamma");
-  a.beta = vector_of<float>(beta, s.K, x, "beta");
-  a.mean = vector_of<float>(mean, s.K, x, "mean");
-  a.var = vector_of<float>(var, s.K, x, "var");
-  a.eps = static_cast<float>(eps);
-  a.activation = activation;
-  a.aligned = aligned(a.residual, a.y);
-  launch_conv(a, tile, Stream(x));
-}
-
-Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const Maybe& bias, const Maybe& gamma, const Maybe& beta,
+Tensor conv_bn_act(const Tensor& x_, const Tensor& weight_, const Maybe& bias, const Maybe& gamma, const Maybe& beta,
                    const Maybe& mean, const Maybe& var, const Maybe& residual, const Maybe& pre_gamma,
                    const Maybe& pre_beta, const Maybe& pre_mean, const Maybe& pre_var, double eps, double pre_eps,
                    const std::string& activation, const std::string& prologue, const Sizes& stride,
                    const Sizes& padding, const Sizes& dilation, int64_t groups, int64_t tile) {
-  const ConvShape s = conv_shape(x, weight, stride, padding, dilation, groups);
-  STD_TORCH_CHECK(prologue.empty() && !pre_gamma && !pre_beta && !pre_mean && !pre_var,
-                  "the CUDA kernel has no prologue, but was given one with eps ", pre_eps);
-  STD_TORCH_CHECK(s.groups == 1 && s.C % kChunk == 0,
-                  "the CUDA kernel takes one group and channels in eights, not C = ", s.C, ", groups = ", s.groups);
-  STD_TORCH_CHECK(int64_t{s.R} * s.S * s.C < 1 << 30, "a dot product of more than 2^30 terms");
-  STD_TORCH_CHECK(is_channels_last(x) && is_channels_last(weight),
-                  "x and weight must be dense in channels_last memory");
-  STD_TORCH_CHECK(mean.has_value() == var.has_value(), "mean and var must be given together");
+  const ConvShape s = conv_shape(x_, weight_, stride, padding, dilation, groups);
+  check_conv_norms(x_, s, bias, gamma, beta, mean, var, pre_gamma, pre_beta, pre_mean, pre_var, prologue);
+  STD_TORCH_CHECK(int64_t{s.R} * s.S * (s.C / s.groups) < 1 << 30, "a dot product of more than 2^30 terms");
   STD_TORCH_CHECK(tile == kNoTile || is_tile(tile, false), "tile = ", tile, " is none of this kernel's");
+  // The same tensors where they are in this memory already.
+  const Tensor x = torch::stable::contiguous(x_, torch::headeronly::MemoryFormat::ChannelsLast);
+  const Tensor weight = torch::stable::contiguous(weight_, torch::headeronly::MemoryFormat::ChannelsLast);
   Tensor y = make({s.N, s.K, s.P, s.Q}, x.scalar_type(), x, true);
   if (residual.has_value()) check_image(*residual, y, "residual");
-  const Activation kind = activation_of(activation);
-  if (x.scalar_type() == ScalarType::BFloat16) {
-    run<bf16>(s, x, weight, bias, gamma, beta, mean, var, residual, eps, kind, tile, y);
-  } else {
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half, "the CUDA kernel takes bf16 and fp16");
-    run<fp16>(s, x, weight, bias, gamma, beta, mean, var, residual, eps, kind, tile, y);
-  }
+  const Stream stream(x);
+  Vectors vectors(x);
+  by_dtype(x, [&](auto element) {
+    using T = decltype(element);
+    using A = Accumulator<T>;
+    ConvArgs<T> a{};
+    a.shape = s;
+    a.x = data<T>(x);
+    a.weight = data<T>(weight);
+    a.residual = data<T>(residual);
+    a.y = data_out<T>(y);
+    a.bias = vectors.of<A>(bias, s.K, "bias");
+    a.gamma = vectors.of<A>(gamma, s.K, "gamma");
+    a.beta = vectors.of<A>(beta, s.K, "beta");
+    a.mean = vectors.of<A>(mean, s.K, "mean");
+    a.var = vectors.of<A>(var, s.K, "var");
+    a.eps = static_cast<A>(eps);
+    a.activation = activation_of(activation);
+    a.aligned = aligned(a.residual, a.y);
+    if (!prologue.empty()) {
+      a.pre = {vectors.of<A>(pre_gamma, s.C, "pre_gamma"),
+               vectors.of<A>(pre_beta, s.C, "pre_beta"),
+               vectors.of<A>(pre_mean, s.C, "pre_mean"),
+               vectors.of<A>(pre_var, s.C, "pre_var"),
+               nullptr,
+               static_cast<A>(pre_eps)};
+      a.pre_activation = activation_of(prologue);
+    }
+    launch_conv_on(a, tile == kNoTile ? 0 : kConvTiles[tile].filters, stream);
+  });
   return y;
 }
 

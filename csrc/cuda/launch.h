@@ -15,10 +15,18 @@ class Stream {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, x.get_device_index()));
+    auto attribute = [&](cudaDeviceAttr name) {
+      int value = 0;
+      STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, x.get_device_index()));
+      return value;
+    };
+    multiprocessors_ = attribute(cudaDevAttrMultiProcessorCount);
+    capability_ = attribute(cudaDevAttrComputeCapabilityMajor) * 10 + attribute(cudaDevAttrComputeCapabilityMinor);
   }
 
   int multiprocessors() const { return multiprocessors_; }
+  int capability() const { return capability_; }  // 90 for 9.0
+  cudaStream_t get() const { return stream_; }
 
   template <class Kernel, class Args>
   void operator()(Kernel kernel, int64_t blocks, int threads, size_t bytes, const Args& args) const {
@@ -35,7 +43,7 @@ class Stream {
  private:
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
-  int multiprocessors_ = 1;
+  int multiprocessors_ = 1, capability_ = 0;
 };
 
 // Whether all of them start at a multiple of 16 bytes; null does.
@@ -44,13 +52,22 @@ bool aligned(const Pointer*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) | ...) & 15) == 0;
 }
 
-// A dense vector of `size` elements in the accumulator's type, which kernels read as it is.
-template <class A>
-const A* vector_of(const Maybe& v, int64_t size, const Tensor& x, const char* name) {
-  check_vector(v, size, x, name);
-  STD_TORCH_CHECK(!v.has_value() || v->scalar_type() == accumulator_type(x), name, " must be ",
-                  sizeof(A) == 8 ? "fp64" : "fp32");
-  return data<A>(v);
-}
+// Vectors in the accumulator's type, which kernels read as they are; what had to be converted lives as long as this.
+class Vectors {
+ public:
+  explicit Vectors(const Tensor& x) : x_(x) {}
+
+  template <class A>
+  const A* of(const Maybe& v, int64_t size, const char* name) {
+    check_vector(v, size, x_, name);
+    if (!v.has_value() || v->scalar_type() == accumulator_type(x_)) return data<A>(v);
+    kept_.push_back(torch::stable::to(*v, accumulator_type(x_)));
+    return data<A>(kept_.back());
+  }
+
+ private:
+  const Tensor& x_;
+  std::vector<Tensor> kept_;
+};
 
 }  // namespace fused_resnet

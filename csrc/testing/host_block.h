@@ -9,10 +9,12 @@
 #include <algorithm>
 #include <cstdlib>
 #include <deque>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <random>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "common/elements.h"
@@ -36,6 +38,7 @@ enum class State { ready, at_block, at_warp, done };
 struct Copy {
   void* to;
   const void* from;
+  size_t bytes;
   bool valid;
 };
 
@@ -77,6 +80,7 @@ class Block {
     }
     while (step(order, random)) {
     }
+    if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
   }
 
   void wait(State state) {
@@ -97,10 +101,15 @@ class Block {
   int favoured = 0;
   const std::function<void()>* body = nullptr;
   ucontext_t scheduler;
+  std::exception_ptr failure;
 
   static void enter() {
     Block& block = now();
-    (*block.body)();
+    try {
+      (*block.body)();
+    } catch (...) {
+      block.failure = std::current_exception();
+    }
     block.fibers[block.current].state = State::done;
     swapcontext(&block.fibers[block.current].context, &block.scheduler);
   }
@@ -159,9 +168,9 @@ class Block {
 inline void finish(std::vector<Copy>& group) {
   for (const Copy& copy : group) {
     if (copy.valid) {
-      memcpy(copy.to, copy.from, 16);
+      memcpy(copy.to, copy.from, copy.bytes);
     } else {
-      memset(copy.to, 0, 16);
+      memset(copy.to, 0, copy.bytes);
     }
   }
   group.clear();
@@ -210,8 +219,11 @@ FR_DEVICE host::Exchange& warp_exchange() {
   return host::Block::now().exchange[thread_index() / host::kWarp];
 }
 
+template <int BYTES>
 FR_DEVICE void copy_async(void* shared, const void* global, bool valid) {
-  host::Block::now().fiber().open.push_back({shared, global, valid});
+  const auto start = reinterpret_cast<uintptr_t>(shared) | (valid ? reinterpret_cast<uintptr_t>(global) : 0);
+  if (start % BYTES != 0) throw std::runtime_error("a copy does not start at a multiple of its size");
+  host::Block::now().fiber().open.push_back({shared, global, BYTES, valid});
 }
 
 FR_DEVICE void commit_copies() {
