@@ -14,6 +14,7 @@ from fused_resnet import native
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
+PARTS = ("testing", "bn_act", "conv")  # of the module fused_resnet_testing
 BUILT: list[Path] = []  # the CPU part, once a session, whichever folder of tests asks first
 
 
@@ -30,30 +31,30 @@ def setup_script():
     return module_from("fused_resnet_setup", ROOT / "setup.py")
 
 
-def compile_emulation(sources, folder, objects=()):
-    """Builds the test module from the csrc folder `sources`; returns its file.
+def compile_emulation(sources, folder, objects=(), parts=PARTS):
+    """Builds a test module from the csrc folder `sources`; returns its file.
 
     Args:
         sources: the csrc folder.
         folder: where the module and its object files go.
         objects: object files that another build has made, which are taken as they are.
+        parts: files of csrc/testing that make the module.
     """
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed")
     compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
     includes = [f"-I{path}" for path in (sources, pybind11.get_include(), sysconfig.get_paths()["include"])]
     made = {path.stem: path for path in objects}
 
-    def compiled(source):
-        target = folder / f"{source.stem}.o"
+    def compiled(part):
+        source, target = sources / f"testing/{part}.cpp", folder / f"{part}.o"
         subprocess.run([compiler, "-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
                         *includes, "-c", source, "-o", target], check=True, capture_output=True, text=True)
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        missing = [source for source in sorted(sources.glob("testing/*.cpp")) if source.stem not in made]
-        parts = [*made.values(), *pool.map(compiled, missing)]
-    target = folder / "fused_resnet_testing.so"
-    subprocess.run([compiler, "-shared", *parts, "-o", target], check=True)
+        linked = [*made.values(), *pool.map(compiled, [part for part in parts if part not in made])]
+    target = folder / f"fused_resnet_{parts[0]}.so"
+    subprocess.run([compiler, "-shared", *linked, "-o", target], check=True)
     return target
 
 

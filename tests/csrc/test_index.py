@@ -48,6 +48,36 @@ def test_offsets_beyond_two_to_the_thirty_first(emulation, at):
     assert emulation.mask_bytes(at) == -(-at // 8)
 
 
+@pytest.mark.parametrize("at", [0, 5, 2**31 - 3, 2**33 + 12345])
+def test_pixels_behind_another(emulation, at):
+    for (P, Q), offset in itertools.product([(113, 57), (1, 1), (7, 7), (1, 200)], [*range(130), 2**20]):
+        if at // (P * Q) + offset < 2**31:
+            first = emulation.pixel_of(at, P, Q)
+            assert emulation.pixel_behind(first, offset, P, Q) == emulation.pixel_of(at + offset, P, Q)
+
+
+def test_one_depth_follows_the_other(emulation):
+    S, channels = 3, 5
+    found = [(0, 0, 0)]
+    while len(found) < 2 * S * channels:
+        found.append(emulation.next_depth(*found[-1], S, channels))
+    assert found == list(itertools.product(range(2), range(S), range(channels)))
+
+
+@pytest.mark.parametrize(("N", "size", "K", "groups", "tile", "bundle"), [
+    (2, 9, 72, 1, 64, 1), (3, 7, 32, 8, 8, 4), (1, 20, 90, 6, 16, 4), (1, 5, 40, 2, 32, 2), (2**21, 33, 8, 1, 8, 1)])
+def test_blocks_cover_every_pixel_group_and_filter_once(emulation, N, size, K, groups, tile, bundle):
+    sizes = [N, size, size, groups, K, 1, 1, size, size, 1, 1, 0, 0, 1, 1, groups]
+    pixels, blocks = N * size * size, emulation.tile_place(sizes, 0, tile, bundle)[4]
+    assert blocks == -(-pixels // (128 // bundle)) * -(-groups // bundle) * -(-(K // groups) // tile)
+    some = range(blocks) if blocks < 10**4 else (0, 1, blocks // 2, blocks - 1)
+    places = [emulation.tile_place(sizes, block, tile, bundle)[:4] for block in some]
+    assert len(set(places)) == len(places)
+    for pixel, group, filters, width in places:
+        assert width * bundle == 128 and pixel % width == 0 and group % bundle == 0 and filters % tile == 0
+        assert 0 <= pixel < pixels and group < groups and filters < K // groups
+
+
 def test_a_pooled_row_is_that_of_max_pool(emulation):
     for size in range(1, 40):
         assert emulation.pooled(size) == F.max_pool2d(torch.zeros(1, 1, size, size), 3, 2, 1).shape[-1]
@@ -81,9 +111,9 @@ def test_strips_cover_every_row_and_channel(emulation, rows, C):
 def test_eight_rows_of_a_chunk_lie_in_different_banks(emulation):
     """ldmatrix reads 8 rows of 16 bytes at once; shared memory delivers 128 bytes, one of each 16-byte column."""
     every = {(row, chunk): emulation.swizzled(row, chunk) for row in range(128) for chunk in range(4)}
-    assert sorted(every.values()) == list(range(0, 128 * 4 * 8, 8))
+    assert sorted(every.values()) == list(range(128 * 4))
     for first, chunk in itertools.product(range(0, 128, 8), range(4)):
-        columns = {every[row, chunk] * 2 % 128 // 16 for row in range(first, first + 8)}
+        columns = {every[row, chunk] % 8 for row in range(first, first + 8)}
         assert len(columns) == 8
 
 
