@@ -85,7 +85,7 @@ FR_DEVICE void store_tile(const ConvArgs<T>& a, const ConvTilePlace& place, cons
 }
 
 template <class T, int TILE_N, Load LOAD>
-FR_KERNEL(kConvThreads)
+FR_WIDE_KERNEL(kConvThreads)
 conv_bn_act_tile(const ConvArgs<T> a) {
   using Warps = ConvWarps<T, TILE_N>;
   const ConvTilePlace place = conv_tile_place(a.shape, block_index(), TILE_N, Warps::kNarrow ? a.bundle : 1);
