@@ -87,11 +87,11 @@ bool run_pass(const Pass<T>& pass, const Tensor& y) {
   return all_of(rows, kGrain / pass.C, [&](int64_t first, int64_t last) { return loops<T>().pass(pass, first, last); });
 }
 
-// The norm with the bias in front of it, whose parts are absent as in the call.
+// The norm with `given`, a bias, in front of it, whose parts are absent as in the call.
 template <class A>
-NormVectors<A> norm_of(const ConvShape& s, const ConvCall& o) {
+NormVectors<A> norm_of(const ConvShape& s, const ConvCall& o, const Maybe& given) {
   NormVectors<A> norm(s.K, o.gamma, o.beta, o.mean, o.var, o.var.has_value() ? o.eps : 0);
-  const std::vector<A> bias = channels<A>(o.bias, s.K, 0);
+  const std::vector<A> bias = channels<A>(given, s.K, 0);
   for (int64_t k = 0; k < s.K; ++k) norm.mean[k] -= bias[k];
   return norm;
 }
@@ -150,7 +150,6 @@ template <class T>
 Tensor launch(const ConvShape& s, const ConvCall& o) {
   using A = Accumulator<T>;
   const Activation activation = activation_of(o.activation);
-  NormVectors<A> norm = norm_of<A>(s, o);
   Tensor x = channels_last(o.x);
   bool finite = false;
   if (!o.prologue.empty()) {
@@ -166,16 +165,20 @@ Tensor launch(const ConvShape& s, const ConvCall& o) {
     int64_t moved = o.mean.has_value() ? 2 * o.weight.numel() : 0;
     if (activation == Activation::relu) moved += (finite ? 0 : x.numel()) + (o.residual ? results : 0);
     if (name != nullptr && moved <= 2 * results && onednn_takes<T>()) {
+      NormVectors<A> norm = norm_of<A>(s, o, o.bias);
       if (const Maybe y = fold<T>(o, x, finite, norm, name)) return channels_last(*y);
     }
   }
   // aten::convolution takes another road than oneDNN for some sizes on one thread, at a quarter of the speed.
   const Sizes zero{0, 0};
-  Tensor y = onednn_takes<T>() ? convolution(o, x, o.weight, std::nullopt, "none")
+  // As in stock the bias, in x's type, is added before the result is rounded.
+  const Maybe bias = o.bias.has_value() ? Maybe(torch::stable::to(*o.bias, x.scalar_type())) : Maybe();
+  Tensor y = onednn_takes<T>() ? convolution(o, x, o.weight, bias, "none")
                                : call<9>("aten::convolution", "",
-                                         {from(x), from(o.weight), from(std::nullopt), from(o.stride), from(o.padding),
+                                         {from(x), from(o.weight), from(bias), from(o.stride), from(o.padding),
                                           from(o.dilation), from(false), from(zero), from(o.groups)});
   y = channels_last(y);
+  const NormVectors<A> norm = norm_of<A>(s, o, std::nullopt);
   run_pass<T>({data<T>(y), data<T>(o.residual), data_out<T>(y), s.K, norm.view(), activation}, y);
   return y;
 }
