@@ -57,7 +57,7 @@ def build(arch: int, budget: float, out: Path = PACKAGE, work: Path = WORK) -> d
         work: folder of what lies between; a note of the last build is kept there.
 
     Returns:
-        {"status": "ok" | "failed", "seconds" of the build, "arch", "detail": what failed}.
+        {"status": "ok" | "failed", "seconds" of the build, "arch", "detail": what failed or was left out}.
     """
     note, wanted = work / "gpu.json", sources(arch)
     known = _read(note)
@@ -73,8 +73,9 @@ def build(arch: int, budget: float, out: Path = PACKAGE, work: Path = WORK) -> d
         reasons = [f"no end after {seconds:.0f} s"]
     elif not verdicts:
         reasons = [output[-300:] or "setup.py wrote nothing down"]
+    left_out = [f"without the tiles of sm_90a: {verdicts['sm90']}"] if arch == 90 and verdicts.get("sm90") else []
     row = {"status": "failed" if reasons else "ok", "seconds": round(seconds, 1), "arch": architecture(arch),
-           "detail": _line("; ".join(reasons))}
+           "detail": _line("; ".join(reasons or left_out))}
     if not reasons:  # what failed is tried again, where it failed
         note.write_text(json.dumps({"sources": wanted, "libraries": _libraries(out), "row": row}))
     return row

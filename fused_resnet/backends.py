@@ -94,9 +94,10 @@ def _absence(name: str) -> str | None:
         return "no CUDA device is visible to PyTorch"
     if name == "cudnn":
         return None if torch.backends.cudnn.is_available() else "this build of PyTorch has no cuDNN"
-    if torch.cuda.get_device_capability() < OLDEST_CAPABILITY:
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST_CAPABILITY:
         return "our kernels need a GPU of compute capability 8.0 or newer"
-    return native.refusal("cuda") if name == "cuda" else None
+    return native.refusal("cuda", capability) if name == "cuda" else None
 
 
 def explain(problem: ConvProblem, family: str = "conv_bn_act") -> list[tuple[str, str | None]]:
@@ -212,7 +213,10 @@ def kernels(family: str, problem: ConvProblem) -> dict[str, Any]:
 
 
 def tiles(kernel: Any, problem: Any) -> list[Any]:
-    """The tiles worth measuring, the shipped one first; none where the kernel has no tiles, or none that fits."""
+    """The tiles worth measuring, the shipped one first; none where the kernel has no tiles, or none that fits.
+
+    None among them stands for the kernel's own choice, where it has tiles that cannot be named.
+    """
     try:
         return kernel.candidates(problem) if hasattr(kernel, "candidates") else []
     except ValueError:  # no tile can run `problem` on this GPU
@@ -278,7 +282,7 @@ def _fault(family: str, problem: ConvProblem, row: Any) -> str | None:
     name, tile = row["backend"], row.get("tile")
     if tile is None or _inability(family, name, problem) is not None:
         return None  # nothing to look at, or nothing that could run
-    known = () if name == "reference" else tiles(_kernel(family, name), problem)
+    known = () if name == "reference" else filter(None, tiles(_kernel(family, name), problem))
     return None if any(same_tile(tile, asdict(t)) for t in known) else f"{name} has no such tile for it: {tile!r:.200}"
 
 

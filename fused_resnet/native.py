@@ -42,10 +42,28 @@ def missing(part: str) -> str | None:
     return reason
 
 
-def refusal(part: str) -> str | None:
-    """`missing`, for whoever does not know what a part is a part of."""
-    reason = missing(part)
+def refusal(part: str, capability: tuple[int, int] | None = None) -> str | None:
+    """`missing`, for whoever does not know what a part is a part of; for a GPU also whether it holds code for it."""
+    reason = missing(part) or (_foreign(*capability) if capability else None)
     return reason and f"the native library's {part.upper()} part: {reason}"
+
+
+def without_sm90() -> str | None:
+    """Why the tiles "sm90" of the convolution are not in the CUDA part, or None."""
+    return _note().get("sm90", "the library was built without them")
+
+
+def _foreign(major: int, minor: int) -> str | None:
+    """Why the code for the architectures that the library was built for does not run on this capability, or None.
+
+    Code for 8.0 runs on 8.9, not on 9.0; code for 90a runs on 9.0 alone.
+    """
+    archs = _note().get("archs") or []
+    for arch in archs:
+        number = int(arch.rstrip("af"))
+        if number == 10 * major + minor if arch[-1].isalpha() else number // 10 == major and number % 10 <= minor:
+            return None
+    return f"it holds code for sm_{', sm_'.join(archs)}, this GPU is sm_{major}{minor}" if archs else None
 
 
 def path_of(part: str) -> Path:
@@ -76,11 +94,16 @@ def _missing(part: str) -> str | None:
 
 def _verdict(part: str) -> str | None:
     """What the build said about a part."""
+    return _note().get(part)
+
+
+def _note() -> dict[str, Any]:
+    """What the build wrote down: part -> None or why it is missing; "archs" of the CUDA part; "sm90" as a part."""
     try:
-        verdicts = json.loads((FOLDER / "_native.json").read_text())
+        note = json.loads((FOLDER / "_native.json").read_text())
     except (OSError, ValueError):
-        return None
-    return verdicts.get(part) if isinstance(verdicts, dict) else None
+        return {}
+    return note if isinstance(note, dict) else {}
 
 
 def _image(x: torch.Tensor, *shape: Any) -> torch.Tensor:

@@ -70,8 +70,8 @@ def candidates(family: str, problem: ConvProblem) -> list[Candidate]:
         if kernel is None:
             continue
         if hasattr(kernel, "candidates"):
-            found += [Candidate(name, asdict(tile), kernel.with_tile(asdict(tile)), kernel.FOLDED)
-                      for tile in backends.tiles(kernel, problem)]
+            found += [Candidate(name, tile and asdict(tile), kernel.with_tile(asdict(tile)) if tile else kernel.forward,
+                                kernel.FOLDED) for tile in backends.tiles(kernel, problem)]
         else:
             found.append(Candidate(name, None, kernel.forward, kernel.FOLDED))
     return found

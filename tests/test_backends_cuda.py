@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_resnet import backends, native
+from fused_resnet import backends, native, tuner
 from fused_resnet.kernels.cuda import native as cuda
 from fused_resnet.ops import bn_act  # noqa: F401 - registers its families
 from fused_resnet.problem import NormProblem
@@ -24,6 +24,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
     monkeypatch.setattr(native, "missing", lambda part: None)
+    monkeypatch.setattr(native, "without_sm90", lambda: None)
+    monkeypatch.setattr(native, "_note", lambda: {"archs": ["80", "90a"]})
     monkeypatch.setattr(backends, "device_name", lambda device: "GPU")
     table = Table()
     monkeypatch.setattr(backends, "_table", lambda device: table)
@@ -48,9 +50,31 @@ def test_a_tuned_tile_of_the_native_library_is_chosen_and_judged_like_any_other(
     backends.adopt(FAMILY, LAYER, {"backend": "cuda", "tile": tile})
     choice = backends.choose(FAMILY, LAYER)
     assert (choice.name, choice.label, choice.tile) == ("cuda", "tuned", tile)
-    backends.adopt(FAMILY, LAYER, {"backend": "cuda", "tile": {**tile, "BLOCK_N": 512}})
-    with pytest.warns(UserWarning, match="cuda has no such tile for it"):
-        assert backends.choose(FAMILY, LAYER).name == "cudnn"
+    for problem, useless in ((LAYER, {**tile, "BLOCK_N": 512}), (LAYER._replace(K=32), tile),
+                             (LAYER._replace(C=60), tile)):
+        backends.adopt(FAMILY, problem, {"backend": "cuda", "tile": useless})
+        with pytest.warns(UserWarning, match="cuda has no such tile for it"):
+            assert backends.choose(FAMILY, problem).name == "cudnn"
+
+
+@pytest.mark.parametrize("archs", [["80"], ["86"], ["90a", "80"]], ids=str)
+def test_code_runs_on_later_chips_of_its_generation(gpu, monkeypatch, archs):
+    monkeypatch.setattr(native, "_note", lambda: {"archs": archs})
+    served = {}
+    for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, found=capability: found)
+        served[capability] = backends.available()["cuda"] is None
+    assert served == {(8, 0): archs != ["86"], (8, 6): True, (8, 9): True, (9, 0): "90a" in archs, (10, 0): False}
+
+
+def test_the_librarys_own_rule_is_the_candidate_where_no_tile_has_a_name(gpu):
+    narrow = LAYER._replace(K=32)
+    ways = {way.tile and str(way.tile["BLOCK_N"]) for way in tuner.candidates(FAMILY, narrow) if way.backend == "cuda"}
+    assert ways == {None}
+    ways = [way for way in tuner.candidates(FAMILY, LAYER) if way.backend == "cuda"]
+    assert len(ways) == 2 and all(way.tile for way in ways)
+    order = [way.backend for way in tuner.candidates(FAMILY, LAYER)]
+    assert order[:4] == ["reference", "cudnn", "cuda", "cuda"] and set(order[4:]) == {"triton"}
 
 
 def test_a_shipped_row_of_the_native_library_serves_its_neighbours(gpu, monkeypatch):
@@ -65,7 +89,8 @@ def test_a_shipped_row_of_the_native_library_serves_its_neighbours(gpu, monkeypa
 
 
 @pytest.mark.parametrize(("capability", "missing", "word"), [
-    ((7, 5), None, "8.0 or newer"), ((9, 0), "nvcc was not found while building", "CUDA part: nvcc was not found")])
+    ((7, 5), None, "8.0 or newer"), ((12, 0), None, "code for sm_80, sm_90a, this GPU is sm_120"),
+    ((9, 0), "nvcc was not found while building", "CUDA part: nvcc was not found")])
 def test_a_native_library_that_cannot_run_says_why(gpu, monkeypatch, capability, missing, word):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(native, "missing", lambda part: missing)

@@ -14,7 +14,7 @@ with open(work / "runs", "a") as runs:
     runs.write(os.environ["FUSED_RESNET_CUDA_ARCHS"] + os.environ["FUSED_RESNET_CUDA"] + " ")
 for part in ("cpu", "cuda"):
     (out / f"_C_{part}.so").write_text(part)
-(out / "_native.json").write_text(json.dumps({"cpu": None, "cuda": VERDICT}))
+(out / "_native.json").write_text(json.dumps({"cpu": None, "cuda": VERDICT, "sm90": SM90}))
 """
 
 
@@ -24,8 +24,8 @@ def build(monkeypatch, tmp_path):
     out, work = tmp_path / "out", tmp_path / "work"
     out.mkdir()
 
-    def call(verdict="None", arch=90, code=FAKE, budget=540.0):
-        monkeypatch.setattr(library, "CODE", code.replace("VERDICT", verdict))
+    def call(verdict="None", arch=90, code=FAKE, budget=540.0, sm90="None"):
+        monkeypatch.setattr(library, "CODE", code.replace("VERDICT", verdict).replace("SM90", sm90))
         return library.build(arch, budget, out, work)
 
     call.runs = lambda: (work / "runs").read_text().split()
@@ -51,6 +51,12 @@ def test_a_part_that_cannot_be_built_gives_its_reason_and_is_tried_again(build):
         row = build("'nvcc was not found\\nwhile building'")
         assert row["status"] == "failed" and row["detail"] == "cuda: nvcc was not found while building"
     assert build()["status"] == "ok" and len(build.runs()) == 3
+
+
+def test_what_was_left_out_is_said(build):
+    row = build(sm90="'there was no nvidia-cutlass'")
+    assert row["status"] == "ok" and row["detail"] == "without the tiles of sm_90a: there was no nvidia-cutlass"
+    assert build(sm90="'there was no nvidia-cutlass'", arch=80)["detail"] == ""
 
 
 def test_a_build_without_a_verdict_or_an_end_fails(build, monkeypatch):

@@ -97,7 +97,7 @@ def test_other_weights_are_copied_once(seen, change):
     assert torch.equal(seen[-1][0].weight, operands.weight.bfloat16())
 
 
-def test_images_that_begin_between_are_copied(seen):
+def test_images_that_begin_between_two_loads_are_copied(seen):
     problem = conv(8, 8, 3)._replace(dtype="bf16")
     operands = inputs.make(problem)
     row = torch.empty(operands.x.numel() + 1, dtype=torch.bfloat16)[1:]
@@ -123,21 +123,33 @@ def on_gpu(*sizes, dtype="bf16", **flags):
     return conv(*sizes, **flags)._replace(device="cuda", dtype=dtype)
 
 
-def test_candidates_fit_the_gpu_and_the_filters():
-    def names(problem, arch):
-        return [str(tile) for tile in conv_bn_act.candidates(problem, arch)]
-
-    wide = on_gpu(64, 256, 56, 1)
-    assert set(names(wide, 90)) == set(native.CONV_TILES)
-    assert names(wide, 90)[0].startswith("sm90") and not any(name.startswith("sm90") for name in names(wide, 80))
+@pytest.mark.parametrize(("change", "expected"), [
+    ({}, {"mma_128x64", "mma_128x128", "sm90_128x64", "sm90_128x128", "sm90_256x128"}),
+    ({"K": 64}, {"mma_128x64", "sm90_128x64"}), ({"K": 36}, {"mma_128x64"}), ({"K": 32}, {"None"}),
+    ({"dtype": "fp32"}, {"mma_128x64"}), ({"dtype": "tf32"}, {"mma_128x64"}), ({"prologue": "relu"}, {"mma_128x64"}),
+    ({"C": 60}, {"mma_128x64"}), ({"groups": 2}, {"mma_128x64", "mma_128x128"}), ({"groups": 64}, {"None"}),
+    ({"stride": (9, 1)}, {"mma_128x64", "mma_128x128"}), ({"R": 1, "dilation": (300, 1)}, None),
+    ({"dilation": (200, 1), "padding": (200, 1)}, {"mma_128x64", "mma_128x128"}),
+    ({"N": 2**24}, {"mma_128x64", "mma_128x128"})], ids=str)
+def test_candidates_fit_the_problem_and_the_gpu(there, change, expected):
+    problem = on_gpu(64, 256, 56)._replace(**change)
+    expected = expected or set(native.CONV_TILES)
+    assert {str(tile) for tile in conv_bn_act.candidates(problem, 90)} == expected
     for arch in (80, 86, 89, 120):
-        assert names(on_gpu(64, 64, 56), arch) == ["mma_128x64"] == names(on_gpu(64, 8, 56), arch)
+        assert {str(t) for t in conv_bn_act.candidates(problem, arch)} == {t for t in expected if "sm90" not in t}
+
+
+def test_what_was_left_out_of_the_library_is_no_candidate(there, monkeypatch):
+    assert str(conv_bn_act.candidates(on_gpu(64, 256, 56), 90)[0]).startswith("sm90")  # the most promising
+    monkeypatch.setattr(native, "without_sm90", lambda: "there was no nvidia-cutlass")
+    assert {str(t) for t in conv_bn_act.candidates(on_gpu(64, 256, 56), 90)} == {"mma_128x64", "mma_128x128"}
 
 
 @pytest.fixture
 def there(monkeypatch):
-    """The CUDA part is there."""
+    """The CUDA part is there, with all its kernels."""
     monkeypatch.setattr(native, "missing", lambda part: None)
+    monkeypatch.setattr(native, "without_sm90", lambda: None)
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: key == "CUDA")
 
 

@@ -18,7 +18,8 @@ from fused_resnet.kernels import raw
 from fused_resnet.kernels.cuda.native import FOLDED, aligned, capability, needs_finite, weight_of, widened
 from fused_resnet.problem import ACTIVATIONS, ConvOperands, ConvProblem
 
-DTYPES = ("bf16", "fp16")
+HALVES = ("bf16", "fp16")
+DTYPES = (*HALVES, "fp32", "tf32")  # fp32 is multiplied in fp32, where TF32 is allowed, too
 VECTORS = ("bias", "gamma", "beta", "mean", "var", "pre_gamma", "pre_beta", "pre_mean", "pre_var")
 LARGEST = 2**30  # of a size, and of the terms of a sum
 CHUNK = 8  # channels of one load
@@ -63,14 +64,10 @@ def refuse(problem: ConvProblem) -> str | None:
 def _unfit(p: ConvProblem) -> str | None:
     """Why no machine's library could run `p`, or None."""
     if p.dtype not in DTYPES:
-        return f"computes {' and '.join(DTYPES)}, not {p.dtype}"
+        return f"computes {', '.join(DTYPES)}, not {p.dtype}"
     for activation in (p.activation, p.prologue or "identity"):
         if activation not in ACTIVATIONS:
             return f"has no activation {activation!r}"
-    if p.prologue:
-        return "has no prologue"
-    if p.groups > 1 or p.C % CHUNK:
-        return f"takes one group and channels in eights, not C = {p.C}, groups = {p.groups}"
     if max(p.N, p.C, p.H, p.W, p.K, p.P, p.Q, p.depth) >= LARGEST:
         return "a size or a sum is longer than 2^30"
     return None
@@ -80,25 +77,46 @@ def legal(tile: Tile, problem: ConvProblem, arch: int) -> str | None:
     """Why `tile` cannot run `problem` on compute capability `arch`, or None."""
     if reason := _unfit(problem):
         return reason
+    p = problem
     if str(tile) not in native.CONV_TILES:
         return f"the library has no tile {tile}"
-    if tile.kernel == "sm90" and arch // 10 != 9:
-        return f"wgmma and TMA are those of sm_90, not of sm_{arch}"
+    if tile.kernel == "sm90":
+        return _sm90_refusal(p, arch)
+    if tile.BLOCK_N > 64 and (p.dtype not in HALVES or p.C // p.groups % CHUNK or p.prologue):
+        return "tiles of 128 filters take 16-bit elements, channels in eights and no prologue"
     return None
 
 
+def _sm90_refusal(p: ConvProblem, arch: int) -> str | None:
+    """Why wgmma and TMA cannot make `p`: as csrc/common/conv_sm90.h has it, where the bounds come from."""
+    if arch != 90:
+        return f"wgmma and TMA are those of sm_90, not of sm_{arch}"
+    if p.dtype not in HALVES or p.prologue or p.groups > 1 or p.C % CHUNK or p.K % CHUNK:
+        return "tiles of sm_90 take 16-bit elements, one group, channels and filters in eights, and no prologue"
+    reach = [(size - 1) * dilation for size, dilation in zip((p.R, p.S), p.dilation, strict=True)]
+    corners = [corner for pad, far in zip(p.padding, reach, strict=True) for corner in (-pad, pad - far)]
+    if max(p.stride) > 8 or max(reach) > 254 or min(corners) < -128 or max(corners) > 127:
+        return "a stride, a window or a padding is beyond what TMA takes"
+    blocks = -(-p.N * p.P * p.Q // 128) * -(-p.K // 64)
+    if p.N * p.P * p.Q > 2**31 - 1024 or p.C * p.H * p.W >= 2**39 or blocks >= 2**31:
+        return "an image or the batch is beyond what TMA takes"
+    return native.without_sm90()
+
+
 def candidates(problem: ConvProblem, arch: int | None = None) -> list[Tile | None]:
-    """The tiles worth measuring: wgmma's first, where they are; without the widest beside few filters.
+    """The tiles worth measuring, wgmma's first; None, the library's own rule, for what no tile of the table suits.
+
+    These are few filters a group, for which the rule has narrower tiles, and depthwise convolutions.
 
     Args:
         problem: what is computed.
         arch: compute capability without the dot; by default the current GPU's.
     """
     arch = arch or capability()
-    found = [tile for tile in map(Tile.named, native.CONV_TILES) if legal(tile, problem, arch) is None]
-    least = min((tile.BLOCK_N for tile in found), default=0)
-    worth = [tile for tile in found if tile.BLOCK_N < 2 * problem.K or tile.BLOCK_N == least]
-    return sorted(worth, key=lambda tile: tile.kernel != "sm90")  # type: ignore[arg-type,return-value]
+    filters = problem.K // problem.groups
+    found = [tile for tile in map(Tile.named, native.CONV_TILES) if legal(tile, problem, arch) is None
+             and tile.BLOCK_N < 2 * filters]
+    return sorted(found, key=lambda tile: tile.kernel != "sm90") or [None]
 
 
 def with_tile(tile: dict[str, Any]) -> Callable[[ConvProblem, ConvOperands], torch.Tensor]:
@@ -122,7 +140,11 @@ def forward(problem: ConvProblem, o: ConvOperands, tile: Tile | None = None) -> 
         RuntimeError: the tile cannot run this problem.
     """
     o = widened(o, VECTORS)._replace(x=aligned(o.x), weight=weight_of(o))
-    return raw.conv_bn_act(problem, o, raw.ANY_TILE if tile is None else tile.index)
+    if tile is None:
+        return raw.conv_bn_act(problem, o, raw.ANY_TILE)
+    if o.residual is not None:
+        o = o._replace(residual=aligned(o.residual))
+    return raw.conv_bn_act(problem, o, tile.index)
 
 
 __all__ = ["FOLDED", "candidates", "forward", "needs_finite", "refuse", "with_tile"]
