@@ -10,7 +10,9 @@ Source: Williams, Waterman, Patterson, "Roofline", Communications of the ACM 52(
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from fused_resnet.bench.stock import plain
 from fused_resnet.fusing import fuse
 
 MOST_INPUTS = 10
+STOCK = "eager_channels_last"  # the provider of a launch's stock operators
 Key = tuple[str, Any]  # (family, problem)
 Tell = Callable[[str, float], None]
 
@@ -57,6 +60,13 @@ class Layer:
     tile: str
     floor_ms: float
     bound: str
+    problem: Any  # what it solves: its FLOPs and bytes
+    rivals: tuple[Row, ...] = ()  # on a GPU, the other backends that can run it, and stock
+
+    @property
+    def by_backend(self) -> dict[str, float]:
+        """Backend -> median milliseconds of the launch, the chosen one first."""
+        return {str(row.backend): row.ms_p50 for row in (self.row, *self.rivals) if row.ms_p50 is not None}
 
 
 def measure(job: Job, model: nn.Module, images: torch.Tensor, ceilings: Ceilings, budget: float,
@@ -64,7 +74,8 @@ def measure(job: Job, model: nn.Module, images: torch.Tensor, ceilings: Ceilings
     """Times each distinct launch of the fused model by itself, on the operands that it met in the model.
 
     On CUDA a replayed graph of launches over several inputs is timed, for a small layer runs shorter than the host
-    takes to launch it.
+    takes to launch it. There the other backends are timed in the same rounds, each with its own tile, or the tuned one
+    where it won.
 
     Args:
         job: which batch, dtype and device.
@@ -108,8 +119,19 @@ def _met(fused: nn.Module, x: torch.Tensor) -> tuple[dict[Key, int], dict[Key, A
     return counts, operands
 
 
-def _times(key: Key, operands: Any, device: str, budget: float) -> list[float]:
-    """Milliseconds of single launches; the inputs exceed the cache where `MOST_INPUTS` of them do."""
+def _rivals(family: str, problem: Any) -> list[str]:
+    """The backends beside the chosen one; on a CPU none, where there is little to choose from."""
+    if problem.device != "cuda":
+        return []
+    chosen = backends.choose(family, problem).name
+    return [name for name in (*backends.kernels(family, problem), "reference") if name != chosen]
+
+
+def _times(key: Key, operands: Any, device: str, budget: float) -> dict[str, list[float]]:
+    """Milliseconds of single launches by backend, "" being the choice; one that fails is left out.
+
+    The inputs exceed the cache where `MOST_INPUTS` of them do.
+    """
     family, problem = key
     moved = {name: t for name, t in operands._asdict().items()
              if isinstance(t, torch.Tensor) and t.dim() == 4 and name != "weight"}
@@ -122,19 +144,39 @@ def _times(key: Key, operands: Any, device: str, budget: float) -> list[float]:
 
     recorder = recorder_for(device)
     if recorder is None:
-        return timing.measure({"": launch}, {"": pool}, device=device, budget=budget)[""]
-    _, replay = recorder.record(lambda: [launch(given) for given in pool], 1)
-    samples = timing.measure({"": lambda _: replay()}, {"": pool}, device=device, budget=budget)[""]
-    return [ms / len(pool) for ms in samples]
+        return timing.measure({"": launch}, {"": pool}, device=device, budget=budget)
+    calls: dict[str, Callable[[Any], Any]] = {}
+    for name in ("", *_rivals(family, problem)):
+        try:
+            with backends.use(name) if name else contextlib.nullcontext():
+                _, replay = recorder.record(lambda: [launch(given) for given in pool], 1)
+        except (RuntimeError, ValueError):  # of the choice itself it is the caller's to know
+            if not name:
+                raise
+            continue
+        calls[name] = functools.partial(_replayed, replay)
+    samples = timing.measure(calls, dict.fromkeys(calls, pool), device=device, budget=budget)
+    return {name: [ms / len(pool) for ms in times] for name, times in samples.items()}
 
 
-def _layer(job: Job, key: Key, count: int, times: list[float], ceilings: Ceilings) -> Layer:
+def _replayed(replay: Callable[[], Any], given: Any) -> Any:
+    return replay()
+
+
+def _layer(job: Job, key: Key, count: int, times: dict[str, list[float]], ceilings: Ceilings) -> Layer:
     family, problem = key
     choice = backends.choose(family, problem)
-    low, half, high = timing.percentiles(times)
     floor, bound = ceilings.floor(problem.flops, problem.bytes)
-    row = Row("layer", job.model, job.batch, job.dtype, job.device, "fused", problem=problem.id,
-              graph=job.device == "cuda", backend=choice.name, ms_p20=low, ms_p50=half, ms_p80=high,
-              images_per_s=job.batch / half * 1e3, roofline_share=floor / half, samples=times)
+    stock = times[""] if choice.name == "reference" else times.get("reference")
+
+    def row(provider: str, backend: str, found: list[float]) -> Row:
+        low, half, high = timing.percentiles(found)
+        return Row("layer", job.model, job.batch, job.dtype, job.device, provider, problem=problem.id,
+                   graph=job.device == "cuda", backend=backend, ms_p20=low, ms_p50=half, ms_p80=high,
+                   images_per_s=job.batch / half * 1e3, roofline_share=floor / half, samples=found,
+                   vs_stock=None if stock is None else timing.paired_ratio(stock, found))
+
+    rivals = tuple(row(STOCK if name == "reference" else f"fused_{name}", name, found)
+                   for name, found in times.items() if name)
     tile = tuner.name_of({"backend": choice.name, "tile": choice.tile}) if choice.tile else choice.name
-    return Layer(row, count, f"{tile} ({choice.label})", floor, bound)
+    return Layer(row("fused", choice.name, times[""]), count, f"{tile} ({choice.label})", floor, bound, problem, rivals)

@@ -41,6 +41,7 @@ def bench(
     html: Annotated[Path | None, typer.Option(help="with --layers: write the report with these times as a page; of "
                                               "several jobs one page each, named after the job")] = None,
     budget: Annotated[float, typer.Option(help="seconds; the slow compilers are dropped first", min=0)] = 225,
+    dark: Annotated[bool, typer.Option("--dark", help="charts with light ink on a dark ground")] = False,
     threads: options.Threads = None,
     out: Annotated[Path | None, typer.Option(help="folder; default: benchmarks/results/<machine>")] = None,
     compare: Annotated[tuple[Path, Path] | None, typer.Option(metavar="OLD NEW", help="measure nothing: compare two "
@@ -77,7 +78,7 @@ def bench(
     page.target(html)
     photographs = pictures.load(max(CALIBRATION, *batches), folder=images, size=size)
     _prepare(built, weights, photographs, quiet)
-    run = _Run(built, photographs, sheet, started + budget, as_json, quiet)
+    run = _Run(built, photographs, sheet, started + budget, as_json, quiet, dark)
     code = run.layers(work, html) if layers else run.models(work, chosen)
     console.say(f"{len(sheet.record.rows)} rows in {sheet.path}" + "".join(f", {file}" for file in run.files)
                 + f"; {time.perf_counter() - started:.0f} s", quiet)
@@ -120,6 +121,7 @@ class _Run:
     end: float
     as_json: bool
     quiet: bool
+    dark: bool
     files: list[Path] = field(default_factory=list)
 
     def models(self, work: list[session.Job], chosen: list[providers.Provider]) -> int:
@@ -134,7 +136,7 @@ class _Run:
                 self.sheet.add(group.rows)
                 wrong += sum(row.status == "wrong" and row.provider.startswith("fused") for row in group.rows)
                 self._show(table(group))
-        self._drawn(plots.speedups(self.sheet.record, self.sheet.path.with_name("bench.png")))
+        self._drawn(plots.speedups(self.sheet.record, self.sheet.path.with_name("bench.png"), dark=self.dark))
         return 1 if wrong else 0
 
     def layers(self, work: list[session.Job], html: Path | None) -> int:
@@ -149,10 +151,12 @@ class _Run:
                 share = (self.end - time.perf_counter()) / (len(work) - done)
                 found = rooflines.measure(job, self.built[job.model], self.photographs, ceilings[key], share,
                                           lambda what, part, done=done: show(what, done + part))  # type: ignore[misc]
-                self.sheet.add([layer.row for layer in found])
+                self.sheet.add([row for layer in found for row in (layer.row, *layer.rivals)])
                 self._show(layer_table(job, found, ceilings[key]))
+                chart = page.numbered(self.sheet.path.with_name("layers.png"), job)
+                self._drawn(plots.roofline(found, ceilings[key], chart, str(job), dark=self.dark))
                 if html is not None:
-                    file = page.numbered(html, job, len(work))
+                    file = html if len(work) == 1 else page.numbered(html, job)
                     page.of_layers(file, job, self.built[job.model], self.photographs, found, ceilings[key])
                     self._drawn(file)
         return 0
@@ -231,12 +235,17 @@ def layer_table(job: session.Job, found: list[rooflines.Layer], ceilings: roofli
         shown.add_column(head, justify="right", no_wrap=True)
     for head in ("bound by", "runs on"):
         shown.add_column(head, overflow="fold")
+    # On a GPU every backend beside the others.
+    beside = list(dict.fromkeys(name for layer in found if layer.rivals for name in sorted(layer.by_backend)))
+    for name in beside:
+        shown.add_column(f"{name} ms", justify="right", no_wrap=True)
     for layer in sorted(found, key=lambda layer: -layer.count * (layer.row.ms_p50 or 0)):
         row = layer.row
         name = (row.problem or "").replace(f"-{row.dtype}-{row.device}", "")
         shown.add_row(name, str(layer.count), _number(row.ms_p50, ".4g"), f"{row.ms_p20:.4g} .. {row.ms_p80:.4g}",
                       f"{layer.count * (row.ms_p50 or 0) / whole:.0%}", f"{layer.floor_ms:.4g}",
-                      _number(row.roofline_share, ".0%"), layer.bound, layer.tile)
+                      _number(row.roofline_share, ".0%"), layer.bound, layer.tile,
+                      *(_number(layer.by_backend.get(name), ".4g") for name in beside))
     return shown
 
 

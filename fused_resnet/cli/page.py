@@ -65,6 +65,6 @@ def timings(found: Sequence[layers.Layer], ceilings: layers.Ceilings) -> fusing.
     return fusing.Timings(ms, ceilings.gflops, ceilings.gbytes)  # type: ignore[arg-type]
 
 
-def numbered(file: Path, job: Job, jobs: int) -> Path:
-    """`file` where there is one job, else with the job's name in front of its suffix."""
-    return file if jobs == 1 else file.with_name(f"{file.stem}-{job.model}-{job.dtype}-{job.batch}{file.suffix}")
+def numbered(file: Path, job: Job) -> Path:
+    """`file` with the job's name in front of its suffix."""
+    return file.with_name(f"{file.stem}-{job.model}-{job.dtype}-{job.batch}{file.suffix}")
