@@ -63,6 +63,20 @@ def test_on_a_gpu_one_replay_holds_a_launch_for_each_input(tiny, monkeypatch):
         assert sum(problem.id == layer.row.problem for problem in ran) >= 12
 
 
+def test_on_a_gpu_every_backend_stands_beside_the_choice(tiny, monkeypatch):
+    fake = Fake()
+    monkeypatch.setattr(layers, "recorder_for", lambda device: fake)
+    monkeypatch.setattr(layers, "_rivals", lambda family, problem: ["cuda", "reference"])  # no CUDA here: left out
+    times = {"": 8.0, "reference": 12.0}
+    monkeypatch.setattr(timing, "measure", lambda calls, inputs, **_: {name: [times[name]] for name in calls})
+    found = measure(tiny)
+    for layer in found:
+        assert list(layer.by_backend) == ["cpu", "reference"] and layer.by_backend["reference"] > layer.row.ms_p50
+        assert layer.row.vs_stock == pytest.approx(1.5) and [row.provider for row in layer.rivals] == ["eager_channels_last"]
+    table = command.layer_table(JOB, found, CEILINGS)
+    assert [column.header for column in table.columns][-2:] == ["cpu ms", "reference ms"]
+
+
 def test_the_command_writes_rows_beside_those_of_models(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Ceilings, "measure", classmethod(lambda cls, dtype, device: CEILINGS))
     options = {"model": "cifar_resnet8", "batch": "2", "dtype": "fp32", "device": "cpu", "size": 16, "budget": 0.1,
