@@ -1,6 +1,15 @@
 import pytest
 import torch
 
+from fused_resnet import backends
+
+
+def here(name):
+    """Skips a test of a backend that is not there: a native library that was not built is no fault of its kernels."""
+    reason = backends.available()[name] if name else None
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():

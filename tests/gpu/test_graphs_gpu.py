@@ -10,6 +10,7 @@ import torch
 import fused_resnet as fr
 from fused_resnet import backends, graphs, numerics
 from fused_resnet.kernels import packing
+from tests.gpu.conftest import here
 from tests.nets import randomize
 
 
@@ -31,8 +32,9 @@ def eager(model, x, size):
     return model(padded)[:len(x)]
 
 
-@pytest.mark.parametrize("backend", [None, "cudnn", "triton", "reference"])
+@pytest.mark.parametrize("backend", [None, "cudnn", "triton", "cuda", "reference"])
 def test_every_batch_gives_the_bits_of_eager(backend):
+    here(backend)
     model = network()
     with backends.use(backend), fr.capture(model, rows(8)) as call:
         for n in range(1, 10):

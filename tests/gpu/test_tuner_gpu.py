@@ -31,7 +31,8 @@ def test_every_candidate_is_right_and_the_winner_is_chosen(monkeypatch, problem,
     operands = inputs.make(problem)
     rows = tuner.tune(FAMILY, problem, operands, budget=10.0)
     assert {row["status"] for row in rows} == {"ok"}, rows
-    assert {"reference", "cudnn", "triton"} <= {row["backend"] for row in rows}
+    compiled = {"cuda"} if backends.available()["cuda"] is None else set()
+    assert {"reference", "cudnn", "triton"} | compiled <= {row["backend"] for row in rows}
     best = next(row for row in rows if row["winner"])
     assert best["ms_p50"] <= rows[0]["ms_p50"] * tuner.NOISE
     choice = backends.choose(FAMILY, problem)
