@@ -148,6 +148,20 @@ def per_label(fn: Callable[[], object], *, device: str = "cpu") -> dict[str, Cou
     return found
 
 
+def order_per_label(fn: Callable[[], object]) -> dict[str, list[str]]:
+    """The categories of the operators under each label in the order in which they ran, on the host.
+
+    Returns:
+        <name> -> categories, those of several calls one after the other.
+    """
+    found: dict[str, list[str]] = {}
+    for event in _profile(fn, False):
+        if event.name.startswith(PREFIX) and event.is_user_annotation:
+            below = sorted((launch for launch in _walk(event, False)), key=lambda pair: pair[1].time_range.start)
+            found.setdefault(event.name[len(PREFIX):], []).extend(kind for kind, _ in below)
+    return found
+
+
 def ran_fused(launches: Counter[str]) -> bool:
     """Whether a label ran fused: it convolved, and no batch-norm, add or ReLU operator ran beside it."""
     return launches["conv"] > 0 and not any(launches[kind] for kind in EPILOGUES)

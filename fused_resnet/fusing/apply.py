@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from fused_resnet import backends, tuner
-from fused_resnet.fusing import match
+from fused_resnet.fusing import match, parts
 from fused_resnet.fusing.build import build
 from fused_resnet.fusing.capture import REPLACED, Captured, Refused, capture, shadow
 from fused_resnet.fusing.plan import NO_ROUTE, Plan, detach
@@ -145,25 +145,30 @@ def _plan(module: nn.Module, twin: nn.Module, opaque: set[str], keep: bool,
     spare = _copy(graph)
 
     def lookup(node: fx.Node) -> nn.Module | None:
-        return twin.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return parts.called(twin, node)
 
+    parts.find(graph, twin)
     match.drop_identities(graph, lookup)
     foreign = {name for name in opaque if not match.plain_leaf(twin.get_submodule(name))
                or "forward" in twin.get_submodule(name).__dict__}
     match.check_inplace(graph, lookup, foreign)
     found, reasons = match.find(graph, lookup)
     why = {str(conv.target): reason for conv, reason in reasons.items()}
+    whole = {name: twin.get_submodule(name) for name in captured.inlined}
+    why.update((name, f"the forward of a {type(m).__name__} is more than a convolution with its own weight")
+               for name, m in whole.items() if isinstance(m, nn.Conv2d)
+               and name not in why and name not in {str(made.conv.target) for made in found})
     if not found or not any(node.op == "placeholder" for node in graph.nodes):
         return None, why
     plan = build(module, captured, found, foreign, keep, prefix)
     reads = "training" in captured.names
-    route = _route(module, captured, spare, lookup, foreign, prefix, False if reads else None)
+    route = _route(module, twin, captured, spare, lookup, foreign, prefix, False if reads else None)
     plan.routes = {False: route, True: route}
     if reads:
         twin.train()
         try:
             captured = capture(twin, opaque)
-            plan.routes[True] = _route(module, captured, captured.graph, lookup, foreign, prefix, True)
+            plan.routes[True] = _route(module, twin, captured, captured.graph, lookup, foreign, prefix, True)
         except Refused as refusal:
             plan.routes[True] = f"in training: {refusal}"
         finally:
@@ -171,9 +176,10 @@ def _plan(module: nn.Module, twin: nn.Module, opaque: set[str], keep: bool,
     return plan, why
 
 
-def _route(module: nn.Module, captured: Captured, graph: fx.Graph, lookup: match.Lookup, opaque: set[str], prefix: str,
-           mode: bool | None) -> Route | str:
+def _route(module: nn.Module, twin: nn.Module, captured: Captured, graph: fx.Graph, lookup: match.Lookup,
+           opaque: set[str], prefix: str, mode: bool | None) -> Route | str:
     try:
+        parts.find(graph, twin, norms=mode is not None)
         route = Route(module, captured, graph, lookup, opaque, prefix, mode)
     except Refused as refusal:
         return f"in training: {refusal}"

@@ -8,8 +8,10 @@ from torch import fx, nn
 
 from fused_resnet.fusing.capture import Captured
 from fused_resnet.fusing.match import Match, activation_of
+from fused_resnet.fusing.parts import called as live
 from fused_resnet.fusing.plan import Plan
-from fused_resnet.fusing.steps import Call, Launch, Slots, call_step, free, live
+from fused_resnet.fusing.steps import Call, Launch, Slots, call_step, free
+from fused_resnet.nn.parts import ConvPart, NormPart
 
 
 def build(module: nn.Module, captured: Captured, matches: list[Match], opaque: set[str], keep: bool,
@@ -64,7 +66,7 @@ def _launch(module: nn.Module, match: Match, slots: Slots, reuse: bool, prefix: 
 
 
 # Modules that read a tensor and make another, keeping nothing.
-_READERS = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+_READERS = (nn.Conv2d, nn.BatchNorm2d, ConvPart, NormPart, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
 def _expendable(match: Match, node: fx.Node, module: nn.Module, order: dict[fx.Node, int],

@@ -2,15 +2,15 @@
 
 Tracing runs on a copy that shares parameters and has no hooks. A graph records what forward does
 with tensors and forgets everything else, so a forward that does anything else is refused: its
-bytecode is read first (attributes set, containers written, calls made for their effect, context
-managers, type tests), and the tracing tensors refuse to be asked for their type or their data.
+bytecode is read first (`fusing.effects`), and the tracing tensors refuse to be asked for their type
+or their data.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
-import dis
 import inspect
 import operator
 import sys
@@ -21,30 +21,19 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.immutable_collections import immutable_dict
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fused_resnet.fusing.effects import Refused, scan
 from fused_resnet.fusing.guards import HOOKS
 from fused_resnet.nn import executor
 
-
-class Refused(Exception):
-    """This forward cannot be captured; the message says why."""
-
-
 REPLACED = "forward was replaced on the instance"
 
-_EFFECTS = {
-    "STORE_ATTR": "sets an attribute", "DELETE_ATTR": "deletes an attribute", "STORE_SUBSCR": "writes into a container",
-    "DELETE_SUBSCR": "deletes from a container", "STORE_GLOBAL": "sets a global", "STORE_SLICE": "writes into a slice",
-    "BEFORE_WITH": "uses a context manager", "SETUP_WITH": "uses a context manager",
-    "SETUP_FINALLY": "handles exceptions", "PUSH_EXC_INFO": "handles exceptions", "YIELD_VALUE": "is a generator"}
-_TESTS = {"isinstance", "issubclass", "type"}
-_CALLS = {"print", "setattr", "delattr", "exec", "eval", "open", "input", "next", "pop", "popitem", "setdefault",
-          "update"}
-_CHANCE = {"random", "rand", "randn", "randint", "time", "perf_counter"}
 INPLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
                      operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift,
                      operator.irshift}
+_PARTS = ("torch.nn.modules.conv", "torch.nn.modules.batchnorm")
 _DECORATED = {"decorate_context", "decorate_autocast"}  # how torch names what its context managers make of functions
 
 
@@ -91,6 +80,36 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.opaque = opaque
         self.inlined: list[str] = []
+        self.names: dict[int, str] = {}
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
+        """A proxy for each parameter and buffer; fx looks their names up by walking the whole model at every read."""
+        if not isinstance(attr_val, torch.Tensor):
+            return attr_val
+        if not self.names:
+            self.names = {id(t): name for values in (self.root.named_buffers(), self.root.named_parameters())
+                          for name, t in values}
+        name = self.names.get(id(attr_val))
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """The norms of torch.nn ask whether their input has four dimensions: as in `torch._assert`, it has."""
+        if sys._getframe(2).f_code is nn.BatchNorm2d._check_input_dim.__code__:
+            obj.node.meta["checks_rank"] = True
+            return False
+        return super().to_bool(obj)
+
+    def create_arg(self, a: Any) -> Any:
+        """fx takes every dict for a plain one; results are to have the type that stock gives them."""
+        if isinstance(a, dict) and type(a) not in (dict, immutable_dict):
+            if type(a) is not collections.OrderedDict:
+                raise Refused(f"forward passes a {type(a).__name__} on")
+            return self.create_proxy("call_function", collections.OrderedDict, (list(a.items()),), {}).node
+        return super().create_arg(a)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -175,7 +194,7 @@ def examine(module: nn.Module) -> None:
         raise Refused("keeps a tensor that is neither parameter nor buffer")
     forward = inspect.unwrap(type(module).forward)
     if not _ours(type(module).__module__) and isinstance(forward, types.FunctionType):
-        _scan(forward.__code__)
+        scan(forward.__code__, forward.__globals__, [module])
 
 
 def _ours(module: str) -> bool:
@@ -194,14 +213,24 @@ def _watching() -> Iterator[set[str]]:
     Raises:
         Refused: at the end, if one of them does something that a graph would forget.
     """
-    seen: dict[types.CodeType, str] = {}
+    seen: dict[types.CodeType, dict[str, Any]] = {}
+    owners: dict[types.CodeType, dict[int, Any]] = {}
     decorated: list[str] = []
     names: set[str] = set()
 
     def watch(frame: types.FrameType, event: str, _: Any) -> None:
-        if event == "call" and frame.f_code not in seen:
-            seen[frame.f_code] = frame.f_globals.get("__name__") or "torch"
-        if event == "call" and frame.f_code.co_name in _DECORATED:
+        if event != "call":
+            return
+        code = frame.f_code
+        if code not in seen:
+            seen[code] = frame.f_globals
+            home = frame.f_globals.get("__name__") or "torch"
+            if not _ours(home) or home.startswith(_PARTS):
+                owners[code] = {}
+        if code in owners and code.co_argcount:
+            first = frame.f_locals.get(code.co_varnames[0])
+            owners[code][id(first)] = first
+        if code.co_name in _DECORATED:
             decorated.append(getattr(frame.f_locals.get("func"), "__module__", None) or "torch")
 
     # A running profiler (cProfile) cannot be put back from Python: leave it be and listen as a debugger does.
@@ -214,37 +243,8 @@ def _watching() -> Iterator[set[str]]:
         listen(before)
     if not all(map(_ours, decorated)):
         raise Refused("forward uses a context manager")
-    for code, module in seen.items():
-        if not _ours(module):
-            names |= _scan(code)
-
-
-def _scan(code: types.CodeType) -> set[str]:
-    """Every name that `code` mentions.
-
-    Raises:
-        Refused: it does something that a graph would forget.
-    """
-    names = set(code.co_names)
-    if names & _TESTS:
-        raise Refused(f"{code.co_name} tests types")
-    if names & _CALLS:
-        raise Refused(f"{code.co_name} calls {', '.join(sorted(names & _CALLS))}")
-    if names & _CHANCE:
-        raise Refused(f"{code.co_name} depends on chance or time: {', '.join(sorted(names & _CHANCE))}")
-    before = ""
-    for step in dis.get_instructions(code):
-        reason = _EFFECTS.get(step.opname)
-        if reason is None and step.opname == "LOAD_SPECIAL":
-            reason = "uses a context manager"
-        if reason is None and step.opname == "POP_TOP" and before.startswith("CALL"):
-            reason = "calls something for its effect"
-        if reason is not None:
-            raise Refused(f"{code.co_name} {reason}")
-        before = step.opname
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= _scan(constant)
-        elif isinstance(constant, str):
-            names.add(constant)  # getattr(self, "name")
-    return names
+    for code, ran in owners.items():
+        if not _ours(seen[code].get("__name__") or "torch"):
+            names |= scan(code, seen[code], list(ran.values()))
+        elif any(isinstance(m, nn.Module) for m in ran.values()):
+            names |= set(code.co_names)  # a foreign class whose forward is, or calls, its base's

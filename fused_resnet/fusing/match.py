@@ -20,14 +20,15 @@ from torch import fx, nn
 
 from fused_resnet.fusing.capture import INPLACE_OPERATORS, Refused
 from fused_resnet.nn import executor
+from fused_resnet.nn.parts import ConvPart
 
 ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 FUNCTIONS = {F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "relu", "relu": "relu", "relu_": "relu",
              F.relu6: "relu6", F.silu: "silu", F.hardswish: "hardswish"}
 # Values of these modules are new tensors; others may hand their input on.
-FRESH = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d, nn.LayerNorm, nn.Linear,
-         nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh,
-         nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+FRESH = (nn.Conv2d, ConvPart, nn.ConvTranspose2d, nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d, nn.LayerNorm,
+         nn.Linear, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid,
+         nn.Hardsigmoid, nn.Tanh, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 FRESH_FUNCTIONS = {operator.add, operator.mul, torch.add, torch.mul, torch.cat, F.relu, torch.relu, F.relu6, F.silu,
                    F.hardswish, F.conv2d, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, torch.sigmoid}
 
@@ -214,7 +215,7 @@ def _growing(node: object, lookup: Lookup, taken: set[fx.Node]) -> bool:
     if module is not None and executor.is_norm(module) and _unary(node):
         conv: fx.Node = node.args[0]  # type: ignore[assignment]
         module = lookup(conv) if len(conv.users) == 1 else None
-    return type(module) is nn.Conv2d
+    return type(module) in executor.CONVS
 
 
 def _prepend(match: Match, lookup: Lookup, taken: set[fx.Node]) -> None:
@@ -228,7 +229,7 @@ def _prepend(match: Match, lookup: Lookup, taken: set[fx.Node]) -> None:
     if node in taken or len(node.users) != 1 or module is None or not executor.is_norm(module) or not _unary(node):
         return
     source: fx.Node = node.args[0]  # type: ignore[assignment]
-    if type(lookup(source)) is nn.Conv2d and len(source.users) == 1:
+    if type(lookup(source)) in executor.CONVS and len(source.users) == 1:
         return
     match.prologue = [node] if activation is None else [node, activation]
     match.x = source

@@ -18,7 +18,8 @@ from torch import fx, nn
 from fused_resnet.fusing import match
 from fused_resnet.fusing.capture import Captured
 from fused_resnet.fusing.guards import Guards
-from fused_resnet.fusing.steps import Call, Slots, call_step, fill_slots, free, live
+from fused_resnet.fusing.parts import called as live
+from fused_resnet.fusing.steps import Call, Slots, call_step, fill_slots, free
 from fused_resnet.nn import executor, training
 from fused_resnet.nn.training import Unit
 
@@ -164,8 +165,8 @@ class Route:
 def chains(graph: fx.Graph, found: list[match.Match], lookup: match.Lookup) -> list[Chain]:
     """Groups matches: each is followed by the one that alone reads its result, and takes the projection at its end."""
     # Branches run where their last node stands: statistics of a norm with two places would move in another order.
-    places = collections.Counter(id(lookup(node)) for node in graph.nodes if node.op == "call_module")
-    able = {m.last: m for m in found if m.norm is not None and places[id(lookup(m.norm))] == 1 and not m.prologue
+    places = collections.Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    able = {m.last: m for m in found if m.norm is not None and places[str(m.norm.target)] == 1 and not m.prologue
             and _activation(m, lookup) is not None}
     taken: set[int] = set()
     made: list[Chain] = []

@@ -7,6 +7,7 @@ right first.
 
 from __future__ import annotations
 
+import collections
 import importlib
 import operator
 from collections.abc import Callable
@@ -17,8 +18,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fused_resnet import backends
+from fused_resnet.fusing import parts
 from fused_resnet.fusing.match import ADDS, FUNCTIONS
 from fused_resnet.nn import executor
+from fused_resnet.nn.parts import ConvPart, FrozenPart, NormPart
 
 # What these make of finite values is finite, in whatever layout.
 STEADY = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid, nn.MaxPool2d, nn.AvgPool2d,
@@ -26,7 +29,7 @@ STEADY = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid, 
 STEADY_FUNCTIONS = {*(f for f in FUNCTIONS if callable(f)), *(f for f in ADDS if callable(f)), torch.cat, torch.sigmoid,
                     F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.hardsigmoid}
 # These take any layout, too. Whatever is not named here gets the strides of stock.
-LAYOUT_FREE = (*STEADY, nn.Conv2d, nn.BatchNorm2d, nn.Linear)
+LAYOUT_FREE = (*STEADY, nn.Conv2d, nn.BatchNorm2d, nn.Linear, ConvPart, NormPart, FrozenPart)
 LAYOUT_FREE_FUNCTIONS = {*STEADY_FUNCTIONS, operator.mul, torch.mul}
 
 
@@ -67,7 +70,12 @@ class Call:
         plain = not tidy or self.layout_free
 
         def fill(a: Slot) -> Any:
-            return values[a.at] if plain or not a.loose else executor.restore(values[a.at])
+            if plain or not a.loose:
+                return values[a.at]
+            value = executor.restore(values[a.at])
+            if self.target is collections.OrderedDict:  # it hands the tensor on: whoever else does shows the same one
+                values[a.at] = value
+            return value
 
         args, kwargs = fill_slots((self.args, self.kwargs), fill)
         if self.kind == "call_method":
@@ -183,16 +191,11 @@ def call_step(module: nn.Module, node: fx.Node, slots: Slots, opaque: set[str]) 
     if node.op == "get_attr":
         owner, _, name = str(node.target).rpartition(".")
         return Attribute(module.get_submodule(owner), name, slots.number[node])
-    target = module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+    target = parts.called(module, node) if node.op == "call_module" else node.target
     call = Call(node.op, target, (), {}, slots.number[node], node.op == "call_module" and node.target in opaque)
     reader = slots.free if call.layout_free else slots.exact
     call.args, call.kwargs = tuple(fx.node.map_arg(node.args, reader)), dict(fx.node.map_arg(node.kwargs, reader))
     return call
-
-
-def live(module: nn.Module, node: fx.Node | None) -> Any:
-    """The submodule that `node` calls, or None."""
-    return module.get_submodule(str(node.target)) if node is not None and node.op == "call_module" else None
 
 
 def free(steps: list, output: Any) -> None:

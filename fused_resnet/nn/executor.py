@@ -19,6 +19,7 @@ from fused_resnet import backends
 from fused_resnet.nn import training
 from fused_resnet.nn.guards import (
     ACTIVATIONS,
+    CONVS,
     GRAD,
     OLD_HOOKS,
     TRAINING,
@@ -364,6 +365,6 @@ def planned(forward: Any = None, *, convert: bool = True) -> Any:
     return region
 
 
-__all__ = ["ACTIVATIONS", "GRAD", "OLD_HOOKS", "TRAINING", "Memo", "ambient", "as_stock", "blocked",
+__all__ = ["ACTIVATIONS", "CONVS", "GRAD", "OLD_HOOKS", "TRAINING", "Memo", "ambient", "as_stock", "blocked",
            "hooked", "is_frozen", "is_norm", "launch", "norm_blocked", "planned", "pool_blocked", "pooling_blocked",
            "restore", "run", "settle", "state", "stock", "suggests_channels_last", "survey"]

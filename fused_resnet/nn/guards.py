@@ -16,11 +16,14 @@ from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from fused_resnet import backends
+from fused_resnet.nn.parts import ConvPart, FrozenPart, NormPart
 
 ACTIVATIONS: dict[Any, str] = {nn.Identity: "identity", nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu",
                                nn.Hardswish: "hardswish"}
 TENSORS = (torch.Tensor, nn.Parameter)
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)  # which in eval mode are the same
+PARTS = (ConvPart, NormPart, FrozenPart)
+CONVS = (nn.Conv2d, ConvPart)
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, NormPart)  # which in eval mode are the same
 GLOBAL_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 
 
@@ -41,7 +44,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_frozen(module: nn.Module) -> bool:
-    return (type(module).__name__ == "FrozenBatchNorm2d" and hasattr(module, "eps")
+    return type(module) is FrozenPart or (type(module).__name__ == "FrozenBatchNorm2d" and hasattr(module, "eps")
             and {"weight", "bias", "running_mean", "running_var"} <= module._buffers.keys())
 
 
@@ -61,9 +64,10 @@ def suggests_channels_last(t: torch.Tensor) -> bool:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than the forward of its class."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                or module._backward_pre_hooks or "forward" in module.__dict__)
+    """Whether calling the module does more than the forward of its class; a part is called without hooks."""
+    return type(module) not in PARTS and bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        or "forward" in module.__dict__)
 
 
 def gradients(tensors: Iterable[Any], parameters: Callable[[], Iterable[torch.Tensor]]) -> bool:
@@ -113,7 +117,7 @@ OLD_HOOKS = "a deprecated backward hook is registered: it sees single nodes of a
 
 def blocked(conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None) -> str | None:
     """Why these three modules cannot be run as one launch, or None."""
-    if type(conv) is not nn.Conv2d:
+    if type(conv) not in CONVS:
         return f"the convolution is a {type(conv).__name__}, not a plain Conv2d"
     if conv.padding_mode != "zeros":
         return f"padding_mode {conv.padding_mode!r}"

@@ -82,7 +82,7 @@ FAULTS = {
                                            lambda: CHANCE(norms.Random)),
     "a checkpoint meets the comparison": (TRIAL, "if route.opaque and torch.is_grad_enabled() and", "if False and",
                                           lambda: CHECKPOINTS(False)),
-    "norms with two places are moved": (ROUTE, "places[id(lookup(m.norm))] == 1", "places[id(lookup(m.norm))] >= 1",
+    "norms with two places are moved": (ROUTE, "places[str(m.norm.target)] == 1", "places[str(m.norm.target)] >= 1",
                                         norms.test_shared_convolutions_and_norms_move_statistics_in_stocks_order),
     "hooks inside are not looked for": (ROUTE, "executor.ambient(args, None) or self.guards.changed()",
                                         "executor.ambient(args, None)",

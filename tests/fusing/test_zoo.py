@@ -97,7 +97,7 @@ NETS = {
     "frozen": (lambda: tv.resnet50(norm_layer=FrozenBatchNorm2d), 53, 53, 48),
     "group_norm": (lambda: tv.resnet18(norm_layer=lambda c: nn.GroupNorm(4, c)), 0, 20, 32),
     "zero_init": (lambda: tv.resnet18(zero_init_residual=True), 20, 20, 32),
-    "faster_rcnn_body": (faster_rcnn_body, 19, 20, 64), "fcn": (fcn_body, 53, 55, 48),
+    "faster_rcnn_body": (faster_rcnn_body, 20, 20, 64), "fcn": (fcn_body, 53, 55, 48),
     "hf_basic": (lambda: huggingface(2, "basic"), 8, 8, 48),
     "hf_bottleneck": (lambda: huggingface(2, "bottleneck"), 11, 11, 48),
     "hf_downsample_in_bottleneck": (lambda: huggingface(2, "bottleneck", downsample_in_bottleneck=True), 11, 11, 48),
@@ -113,7 +113,7 @@ NETS = {
     "preact": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), PreAct(8), PreAct(8), nn.BatchNorm2d(8), nn.ReLU()), 4, 5, 17),
     "detectron": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), FrozenBatchNorm2d(8), DetectronBlock(8)), 3, 3, 17),
     "detectron_conv": (lambda: nn.Sequential(DetectronConv(3, 8, 3, norm=nn.BatchNorm2d(8), activation=nn.ReLU()),
-                                             nn.Conv2d(8, 8, 1), nn.ReLU()), 1, 2, 17),
+                                             nn.Conv2d(8, 8, 1), nn.ReLU()), 2, 2, 17),
 }
 LARGE = {"resnet101", "resnet152", "resnext101", "wide_resnet50", "timm_resnet50d", "timm_resnext50", "fcn"}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
