@@ -19,6 +19,8 @@ from fused_resnet.cli import console, models, options, page
 
 CALIBRATION = 16
 MODES = ("inference", "training")
+SPARE = ("MB", "of peak", "launches", "p20 .. p80", "error", "images/s")  # columns that a narrow terminal goes without
+LAYER_SPARE = ("bound by", "of forward", "p20 .. p80", "floor ms", "runs on")
 SAME = ("cpu", "cores", "threads", "gpu", "cuda", "torch", "input")  # rows of one file share these
 
 
@@ -135,7 +137,7 @@ class _Run:
                 done += 1
                 self.sheet.add(group.rows)
                 wrong += sum(row.status == "wrong" and row.provider.startswith("fused") for row in group.rows)
-                self._show(table(group))
+                self._show(table(group), SPARE)
         self._drawn(plots.speedups(self.sheet.record, self.sheet.path.with_name("bench.png"), dark=self.dark))
         return 1 if wrong else 0
 
@@ -152,7 +154,7 @@ class _Run:
                 found = rooflines.measure(job, self.built[job.model], self.photographs, ceilings[key], share,
                                           lambda what, part, done=done: show(what, done + part))  # type: ignore[misc]
                 self.sheet.add([row for layer in found for row in (layer.row, *layer.rivals)])
-                self._show(layer_table(job, found, ceilings[key]))
+                self._show(layer_table(job, found, ceilings[key]), LAYER_SPARE)
                 chart = page.numbered(self.sheet.path.with_name("layers.png"), job)
                 self._drawn(plots.roofline(found, ceilings[key], chart, str(job), dark=self.dark))
                 if html is not None:
@@ -161,9 +163,9 @@ class _Run:
                     self._drawn(file)
         return 0
 
-    def _show(self, shown: Table) -> None:
+    def _show(self, shown: Table, spare: tuple[str, ...]) -> None:
         if not self.as_json:
-            console.out.print(shown)
+            console.show(shown, spare)
 
     def _drawn(self, file: Path | None) -> None:
         self.files += [file] if file is not None else []
@@ -200,12 +202,12 @@ def table(group: session.Group) -> Table:
     shown = Table(title=f"{group.job}  ({group.rounds} rounds)", title_justify="left", title_style="bold",
                   caption="\n".join([*(f"{name}: {why}" for name, why in group.left_out.items()), *notes]) or None,
                   caption_justify="left")
-    shown.add_column("provider")
+    shown.add_column("provider", overflow="fold", min_width=12)
     training = group.job.mode == "training"
     for head in ("ms p50", "p20 .. p80", "images/s", "x best eager", "error", "of peak", "MB",
                  *["saved MB"] * training):
         shown.add_column(head, justify="right", no_wrap=True)
-    shown.add_column("launches", overflow="fold")
+    shown.add_column("launches", overflow="fold", min_width=14)
     for entry in sorted(group.entries, key=lambda entry: entry.row.ms_p50 or float("inf")):
         row = entry.row
         style = "bold green" if entry.provider.ours and row.status == "ok" else "red" if row.status != "ok" else None
@@ -230,7 +232,7 @@ def layer_table(job: session.Job, found: list[rooflines.Layer], ceilings: roofli
                if found else "nothing was fused")
     shown = Table(title=f"{job}  ({ceilings.gflops:.4g} GFLOP/s, {ceilings.gbytes:.4g} GB/s measured)",
                   title_justify="left", title_style="bold", caption=caption, caption_justify="left")
-    shown.add_column("problem", overflow="fold")
+    shown.add_column("problem", overflow="fold", min_width=20)
     for head in ("count", "ms p50", "p20 .. p80", "of forward", "floor ms", "of roofline"):
         shown.add_column(head, justify="right", no_wrap=True)
     for head in ("bound by", "runs on"):

@@ -12,6 +12,7 @@ from fused_resnet.bench import results
 from fused_resnet.cli import console
 
 STYLES = {rule.FASTER: "green", rule.SLOWER: "red", rule.NOISE: "dim"}
+SPARE = ("interval", "old ms", "new ms")  # columns that a narrow terminal goes without
 DRIFT = 0.03  # of the stock rows, from which on the machine is said to have changed
 
 
@@ -29,7 +30,7 @@ def run(files: tuple[Path, Path], providers: list[str], fail_slower: float | Non
         console.emit({"old": str(files[0]), "new": str(files[1]), **found.to_dict(),
                       "fail_slower": fail_slower, "failed": [rule.key_of(c.row) for c in slower]})
     else:
-        console.out.print(table(found, f"{files[1]} against {files[0]}"))
+        console.show(table(found, f"{files[1]} against {files[0]}"), SPARE)
     for note in notes(found):
         console.say(note, quiet)
     if slower:
@@ -40,11 +41,11 @@ def run(files: tuple[Path, Path], providers: list[str], fail_slower: float | Non
 def table(found: rule.Comparison, title: str) -> Table:
     """A line for each row of both files, the slowest change first."""
     shown = Table(title=title, title_justify="left", title_style="bold")
-    shown.add_column("model", overflow="fold")
-    shown.add_column("provider", overflow="fold")
+    shown.add_column("model", overflow="fold", min_width=8)
+    shown.add_column("provider", overflow="fold", min_width=8)
     for head in ("old ms", "new ms", "ratio", "interval"):
         shown.add_column(head, justify="right", no_wrap=True)
-    shown.add_column("verdict", overflow="fold")
+    shown.add_column("verdict", overflow="fold", min_width=10)
     for change in sorted(found.changes, key=lambda c: -(c.ratio or float("inf"))):
         row = change.row
         what = row.problem or f"{row.model} {row.dtype} batch {row.batch} {row.device}" + (

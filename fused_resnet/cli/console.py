@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from fused_resnet import backends, numerics
 from fused_resnet.bench import results
 
 DTYPES = ("fp32", "tf32", "bf16", "fp16")
 
+UNBOUNDED = 10_000
 PIPE_WIDTH = 150  # a pipe or a log has no width of its own; tables are read there too
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
@@ -27,6 +30,15 @@ err = Console(stderr=True, highlight=False)
 def emit(data: Any) -> None:
     """One JSON object, the only thing that a command with --json writes on stdout."""
     out.print(results.to_text(data), markup=False, soft_wrap=True, highlight=False)
+
+
+def show(table: Table, spare: Sequence[str] = ()) -> None:
+    """Prints a table; where the terminal is too narrow, without the columns that can be spared, in this order."""
+    for head in spare:
+        if Measurement.get(out, out.options.update(width=UNBOUNDED), table).minimum <= out.width:
+            break
+        table.columns = [column for column in table.columns if column.header != head]
+    out.print(table)
 
 
 def say(text: str, quiet: bool = False) -> None:
@@ -95,12 +107,12 @@ def device_of(name: str | None) -> str:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The torch dtype of `fp32`, `bf16` or `fp16`.
+    """The torch dtype of `fp32`, `bf16` or `fp16`; TF32 is no dtype, but a way to multiply fp32.
 
     Raises:
         ValueError: another name.
     """
-    return numerics.DTYPES[choices(name, DTYPES, "--dtype")[0]]
+    return numerics.DTYPES[choices(name, tuple(d for d in DTYPES if d != "tf32"), "--dtype")[0]]
 
 
 def writable(folder: Path) -> Path:

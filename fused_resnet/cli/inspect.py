@@ -91,7 +91,10 @@ def _judged(row: fusing.Row, seen: Counter[str] | None) -> fusing.Row:
 def _print(name: str, report: fusing.Report, counts: page.Counts, seen: Mapping[str, str], quiet: bool, tree: bool,
            depth: int | None) -> None:
     if not quiet:
-        console.out.print(network.of(report, name, seen, depth) if tree else _table(name, report, seen))
+        if tree:
+            console.out.print(network.of(report, name, seen, depth))
+        else:
+            console.show(_table(name, report, seen), ("launches", "backend", "status"))
     for note in report.notes:
         console.out.print(note, markup=False, soft_wrap=True)
     console.out.print("\n".join(f"{which}: {launches.describe(counts[which])}" for which in ("stock", "fused")))
@@ -100,9 +103,12 @@ def _print(name: str, report: fusing.Report, counts: page.Counts, seen: Mapping[
 
 def _table(name: str, report: fusing.Report, seen: Mapping[str, str]) -> Table:
     shown = Table(title=name, title_justify="left")
-    for head in ("name", "pattern", "status", "backend", "launches", "reason"):
-        shown.add_column(head, overflow="fold")
+    widths = {"name": 14, "pattern": 13, "status": 7, "backend": 9, "launches": 8, "reason": 16}
+    for head, width in widths.items():
+        if head != "reason" or report.skipped():
+            shown.add_column(head, overflow="fold", min_width=width)
     for row in report:
         status = Text(row.status, "green" if row.status == "fused" else "yellow")
-        shown.add_row(Text(row.name), row.pattern, status, row.ran_on, seen.get(row.name, ""), Text(row.reason))
+        cells = (Text(row.name), row.pattern, status, row.ran_on, seen.get(row.name, ""), Text(row.reason))
+        shown.add_row(*cells[:len(shown.columns)])
     return shown

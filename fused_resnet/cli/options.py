@@ -37,12 +37,21 @@ def model_names(last: str) -> list[str]:
 complete_models = _listed(model_names)
 complete_dtypes = _listed(lambda last: console.DTYPES)
 complete_providers = _listed(lambda last: providers.PROVIDERS)
-complete_devices = _listed(lambda last: ("cpu", "cuda"))
+
+
+def complete_devices(incomplete: str) -> list[str]:
+    return [name for name in ("cpu", "cuda") if name.startswith(incomplete)]
+
+
+def complete_dtype(incomplete: str) -> list[str]:
+    """Of a command that takes one; TF32 is no dtype of tensors."""
+    return [name for name in console.DTYPES if name.startswith(incomplete) and name != "tf32"]
+
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no notes")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout and nothing else; notes go to stderr")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one",
                                             autocompletion=complete_devices)]
 Model = Annotated[str, typer.Option(help=models.HELP, autocompletion=complete_models)]
-Dtype = Annotated[str, typer.Option(help="fp32, tf32 (CUDA), bf16 or fp16", autocompletion=complete_dtypes)]
+Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16", autocompletion=complete_dtype)]
 Threads = Annotated[int | None, typer.Option(help="PyTorch's thread count")]

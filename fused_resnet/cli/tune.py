@@ -86,7 +86,8 @@ def tune(
     if not chosen:
         raise ValueError(f"no problem of {', '.join(built)} has {layer!r} in its name; one of them is "
                          f"{next(iter(found.values())).problem.id}" if found else
-                         f"nothing of {', '.join(built)} could be fused; `fused-resnet inspect` says why")
+                         f"nothing of {', '.join(built)} could be fused; `fused-resnet inspect` says why" if built else
+                         f"--model names no model: expected {models.HELP}")
     todo = {key: entry for key, entry in chosen.items() if again or not _tuned(key)}
     if len(todo) < len(chosen):
         console.say(f"{len(chosen) - len(todo)} of {len(chosen)} problems have been tuned before; --again repeats them",
@@ -156,7 +157,7 @@ def _show(device: str, todo: dict[Key, Entry], as_json: bool, quiet: bool) -> No
         rows = [{"family": e.family, "problem": e.problem.id, "count": e.count, **row} for e in done for row in e.rows]
         console.emit({"device": backends.device_name(device), "cache": str(backends.cache().path), "rows": rows})
     elif done:
-        console.out.print(table(done))
+        console.show(table(done), ("failed", "wrong", "candidates", "runs"))
     with contextlib.suppress(StopIteration):
         failed = next(entry for entry in todo.values() if entry.detail)
         console.say(f"could not be measured, among others: {failed.problem.id}: {failed.detail}")
@@ -168,9 +169,9 @@ def _show(device: str, todo: dict[Key, Entry], as_json: bool, quiet: bool) -> No
 def table(entries: list[Entry]) -> Table:
     """A line for each problem, those that take the most time of stock first."""
     shown = Table(title="fastest kernel for each problem", title_justify="left", title_style="bold")
-    shown.add_column("problem", overflow="fold")
+    shown.add_column("problem", overflow="fold", min_width=20)
     shown.add_column("runs", justify="right")
-    shown.add_column("winner", overflow="fold")
+    shown.add_column("winner", overflow="fold", min_width=12)
     for head in ("ms", "x stock", "candidates", "wrong", "failed"):
         shown.add_column(head, justify="right", no_wrap=True)
     for entry in sorted(entries, key=lambda e: -e.count * e.best["ms_p50"] * e.best["vs_stock"]):

@@ -69,7 +69,7 @@ def verify(
         return 0 if verdict else 1
     console.out.print(str(verdict), markup=False, soft_wrap=True)
     if rows:
-        console.out.print(_table(rows, worst))
+        console.show(_table(rows, worst), ("class", "stock error"))
     console.out.print(report.counted)
     return 0 if verdict else 1
 
@@ -124,10 +124,10 @@ def _outputs(model: nn.Module, names: list[str], sample: torch.Tensor) -> dict[s
 
 def _table(rows: list[LayerError], worst: int) -> Table:
     shown = Table(title=f"worst {min(worst, len(rows))} of {len(rows)} blocks", title_justify="left")
-    shown.add_column("block")
+    shown.add_column("block", overflow="fold", min_width=8)
     shown.add_column("class")
     for head in ("fused error", "stock error", "ratio"):
-        shown.add_column(head, justify="right")
+        shown.add_column(head, justify="right", no_wrap=True)
     for row in rows[:worst]:
         shown.add_row(row.name, row.kind, f"{row.fused:.2e}", f"{row.stock:.2e}", f"{row.ratio:.2f}")
     return shown
