@@ -4,15 +4,16 @@
     FUSED_RESNET_SKIP_CUDA=1    no CUDA part
     FUSED_RESNET_CUDA=1         the CUDA part beside a CPU build of torch, too: it takes nvcc, but no GPU
     FUSED_RESNET_CUDA_ARCHS     default "80;90a"
+    FUSED_RESNET_CUTLASS        CuTe's headers, which the sm_90a convolution takes; default those of nvidia-cutlass
 """
 
-import importlib.util
 import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
+from importlib import import_module, util
 from pathlib import Path
 
 from setuptools import setup
@@ -34,6 +35,9 @@ ISAS = {"baseline": ""} if platform.machine() != "x86_64" else {
 NVCC = f"{STABLE} -O3 -DUSE_CUDA -Xcompiler {HOST.replace(' ', ',')} --threads 2"
 SOURCES = {"cpu": [CSRC / "schemas.cpp", *sorted({*CSRC.glob("cpu/*.cpp")} - {CSRC / "cpu/loops.cpp"})],
            "cuda": sorted(CSRC.glob("cuda/*.cu"))}
+PACKAGE = util.find_spec("cutlass_library")
+CUTLASS = os.environ.get("FUSED_RESNET_CUTLASS") or (PACKAGE and f"{Path(PACKAGE.origin).parent}/source/include")
+SM90 = None if CUTLASS and "90a" in ARCHS else "nvidia-cutlass was not found while building, or 90a is no target"
 RULES = "".join(f"rule {name}\n  command = ${name} $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n"
                 for name in ("cpp", "nvcc")) + "rule link\n  command = $cpp -shared -o $out $in $flags"
 
@@ -42,30 +46,23 @@ def tool(name):
     return shutil.which(name) or shutil.which(name, path=Path(sys.executable).parent)
 
 
-def wanted(name):
-    return os.environ.get(f"FUSED_RESNET_{name}", "0") not in ("", "0")
-
-
 def decide():
     """Part -> None where it is to be built, else the reason why not."""
-    if wanted("SKIP_CPP"):
-        return dict.fromkeys(SOURCES, "left out by FUSED_RESNET_SKIP_CPP")
-    if importlib.util.find_spec("torch") is None:
-        return dict.fromkeys(SOURCES, "torch was not there while building: use pip install --no-build-isolation")
-    if not tool(CXX) or not tool("ninja"):
-        return dict.fromkeys(SOURCES, f"{'ninja' if tool(CXX) else CXX} was not found while building")
-    import torch
-    cuda = ("left out by FUSED_RESNET_SKIP_CUDA" if wanted("SKIP_CUDA") else
-            "nvcc was not found while building" if not tool("nvcc") else
-            None if torch.version.cuda or wanted("CUDA") else
-            "this build of torch has no CUDA; FUSED_RESNET_CUDA=1 builds the part anyway")
-    return {"cpu": None, "cuda": cuda}
+    wanted = lambda name: os.environ.get(f"FUSED_RESNET_{name}", "0") not in ("", "0")
+    lacking = [name for name in (CXX, "ninja") if not tool(name)]
+    cpu = "left out by FUSED_RESNET_SKIP_CPP" if wanted("SKIP_CPP") else (
+        "torch was not there while building: use pip install --no-build-isolation" if not util.find_spec("torch") else
+        f"{lacking[0]} was not found while building" if lacking else None)
+    cuda = cpu or ("left out by FUSED_RESNET_SKIP_CUDA" if wanted("SKIP_CUDA") else
+                   "nvcc was not found while building" if not tool("nvcc") else
+                   None if wanted("CUDA") or import_module("torch").version.cuda else
+                   "this build of torch has no CUDA; FUSED_RESNET_CUDA=1 builds the part anyway")
+    return {"cpu": cpu, "cuda": cuda}
 
 
 def write_ninja(part, out, work):
     """Writes to `work` how the part's library in `out` is made; returns the library."""
-    torch = Path(importlib.util.find_spec("torch").origin).parent
-    lines = [f"cpp = {CXX}", f"torch = {torch}", f"nvcc = {tool('nvcc')}", RULES]
+    lines = [f"cpp = {CXX}", f"torch = {Path(util.find_spec('torch').origin).parent}", f"nvcc = {tool('nvcc')}", RULES]
 
     def edge(name, rule, source, flags):
         lines.append(f"build {name}: {rule} {source}\n  flags = {flags}")
@@ -73,7 +70,9 @@ def write_ninja(part, out, work):
 
     rule, flags = ("cpp", CPP + "".join(f" -DFR_HAS_{isa.upper()}" for isa in ISAS)) if part == "cpu" else (
         "nvcc", NVCC + "".join(f" -gencode arch=compute_{arch},code=sm_{arch}" for arch in ARCHS.split(";")))
-    objects = [edge(f"{source.name}.o", rule, source, flags) for source in SOURCES[part]]
+    own = {"conv_sm90.cu": f"{NVCC} -gencode arch=compute_90a,code=sm_90a --expt-relaxed-constexpr -isystem {CUTLASS}"}
+    objects = [edge(f"{source.name}.o", rule, source, own.get(source.name, flags) + " -DFR_HAS_SM90" * (SM90 is None))
+               for source in SOURCES[part] if SM90 is None or source.name not in own]
     link = "-L$torch/lib -ltorch_cpu"
     if part == "cpu":
         objects += [edge(f"loops.{isa}.o", "cpp", CSRC / "cpu/loops.cpp", f"{LOOPS} -DFR_ISA={isa} {flags}")
@@ -91,16 +90,17 @@ def write_ninja(part, out, work):
 
 def build(out, work):
     """Builds what `decide` allows into `out`; prints and writes what came of each part."""
-    verdicts = decide()
-    for part, reason in verdicts.items():
+    for part, reason in (verdicts := decide()).items():
         (out / f"_C_{part}.so").unlink(missing_ok=True)
         if reason is None:
             (work / part).mkdir(parents=True, exist_ok=True)
             library = write_ninja(part, out, work / part)
             done = subprocess.run([tool("ninja"), "-C", work / part, library], capture_output=True, text=True)
+            (work / part / "log").write_text(done.stdout + done.stderr)
             verdicts[part] = f"its build failed: {(done.stdout + done.stderr)[-3000:]}" if done.returncode else None
         print(f"fused_resnet: the {part} part: {verdicts[part] or 'built'}", file=sys.stderr)
-    (out / "_native.json").write_text(json.dumps(verdicts, indent=1) + "\n")
+    print(f"fused_resnet: the sm_90a convolution: {verdicts['cuda'] or SM90 or 'built'}", file=sys.stderr)
+    (out / "_native.json").write_text(json.dumps({**verdicts, "archs": ARCHS.split(";"), "sm90": SM90}, indent=1))
     return verdicts
 
 

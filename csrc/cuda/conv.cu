@@ -1,6 +1,7 @@
 // The raw operator _conv_bn_act for CUDA, sm_80 and up.
 #include "common/conv_tiles.h"
 #include "cuda/conv_launch.h"
+#include "cuda/conv_sm90.h"
 
 namespace fused_resnet {
 namespace {
@@ -13,7 +14,7 @@ Tensor conv_bn_act(const Tensor& x_, const Tensor& weight_, const Maybe& bias, c
   const ConvShape s = conv_shape(x_, weight_, stride, padding, dilation, groups);
   check_conv_norms(x_, s, bias, gamma, beta, mean, var, pre_gamma, pre_beta, pre_mean, pre_var, prologue);
   STD_TORCH_CHECK(int64_t{s.R} * s.S * (s.C / s.groups) < 1 << 30, "a dot product of more than 2^30 terms");
-  STD_TORCH_CHECK(tile == kNoTile || is_tile(tile, false), "tile = ", tile, " is none of this kernel's");
+  STD_TORCH_CHECK(tile == kNoTile || is_tile(tile, false) || is_tile(tile, true), "there is no tile ", tile);
   // The same tensors where they are in this memory already.
   const Tensor x = torch::stable::contiguous(x_, torch::headeronly::MemoryFormat::ChannelsLast);
   const Tensor weight = torch::stable::contiguous(weight_, torch::headeronly::MemoryFormat::ChannelsLast);
@@ -47,6 +48,7 @@ Tensor conv_bn_act(const Tensor& x_, const Tensor& weight_, const Maybe& bias, c
                static_cast<A>(pre_eps)};
       a.pre_activation = activation_of(prologue);
     }
+    if (launch_sm90(a, tile, stream)) return;
     launch_conv_on(a, tile == kNoTile ? 0 : kConvTiles[tile].filters, stream);
   });
   return y;

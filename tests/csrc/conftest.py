@@ -65,6 +65,13 @@ def emulation(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def sm90(tmp_path_factory):
+    """The module `fused_resnet_sm90`: the same of the sm_90a convolution."""
+    folder = tmp_path_factory.mktemp("sm90")
+    return module_from("fused_resnet_sm90", compile_emulation(CSRC, folder, parts=("sm90",)))
+
+
+@pytest.fixture(scope="session")
 def library(setup_script, tmp_path_factory):
     """The CPU part, built from this tree and loaded; what an earlier test has loaded stays."""
     if BUILT:
