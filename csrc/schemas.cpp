@@ -22,4 +22,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet, m) {
   m.def(
       "_stem(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var, float eps, "
       "str activation, int[2] stride, int[2] padding) -> Tensor");
+  // A batch's statistics from the moments of tiles of `span` of its `count` elements a channel, the last one shorter:
+  // means - pivot and sums of squared differences from them, [tiles, K]. num_batches_tracked counts this batch; it
+  // decides the weight where momentum is None. var is the biased one, running_var learns the unbiased one.
+  m.def(
+      "_bn_finalise(Tensor means, Tensor squares, int count, int span, Tensor? pivot, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor? num_batches_tracked, float? momentum, float eps) -> "
+      "(Tensor mean, Tensor var, Tensor inverse_std)");
 }

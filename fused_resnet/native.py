@@ -139,6 +139,11 @@ def _fake_stem(x, weight, *rest):
     return _image(x, x.shape[0], weight.shape[0], (p + 1) // 2, (q + 1) // 2)
 
 
+def _fake_bn_finalise(means, *rest):
+    return tuple(means.new_empty(means.shape[1]) for _ in range(3))
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "_bn_act": _fake_bn_act, "_bn_act_sums": _fake_bn_act_sums, "_bn_act_grad": _fake_bn_act_grad,
-    "_conv_bn_act": _fake_conv_bn_act, "_stem": _fake_stem}
+    "_conv_bn_act": _fake_conv_bn_act, "_stem": _fake_stem,
+    "_bn_finalise": _fake_bn_finalise}

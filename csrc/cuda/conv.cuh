@@ -36,8 +36,8 @@ FR_HD int64_t conv_shared_bytes() {
 template <class T, int I, int J>
 FR_DEVICE void multiply_stage(const T* patches, const T* weights, int row, int column,
                               Accumulator<T> (&sums)[I][J][4]) {
+  const int lane = thread_index() % 32;
   if constexpr (sizeof(T) == 2) {
-    const int lane = thread_index() % 32;
     constexpr bool kPairs = J > 1;  // else one load brings the whole depth of 8 filters
 #pragma unroll
     for (int d = 0; d < 2; ++d) {
@@ -59,8 +59,9 @@ FR_DEVICE void multiply_stage(const T* patches, const T* weights, int row, int c
   } else {
 #pragma unroll 1  // all four at once took every register
     for (int chunk = 0; chunk < kRowChunks; ++chunk) {
-      multiply_wide<T, kChunk<T>>([&](int at) { return chunk_of(patches, row + at, chunk); },
-                                  [&](int at) { return chunk_of(weights, column + at, chunk); }, sums);
+      multiply_wide<T, kChunk<T>>(
+          [&](int i, int e) { return chunk_of(patches, row + sum_row(lane, i, e), chunk); },
+          [&](int j, int e) { return chunk_of(weights, column + sum_column<T>(lane, j, e), chunk); }, sums);
     }
   }
 }
@@ -85,7 +86,7 @@ FR_DEVICE void store_tile(const ConvArgs<T>& a, const ConvTilePlace& place, cons
 }
 
 template <class T, int TILE_N, Load LOAD>
-FR_WIDE_KERNEL(kConvThreads)
+FR_WIDE_KERNEL(kConvThreads, 1)
 conv_bn_act_tile(const ConvArgs<T> a) {
   using Warps = ConvWarps<T, TILE_N>;
   const ConvTilePlace place = conv_tile_place(a.shape, block_index(), TILE_N, Warps::kNarrow ? a.bundle : 1);

@@ -55,7 +55,7 @@ FR_DEVICE void depthwise_sums(const ConvArgs<T>& a, const Pixel& pixel, int32_t 
 }
 
 template <class T, bool PROLOGUE>
-FR_WIDE_KERNEL(kDepthwiseThreads)
+FR_WIDE_KERNEL(kDepthwiseThreads, 1)
 conv_bn_act_depthwise(const ConvArgs<T> a) {
   using A = Accumulator<T>;
   const ConvShape& s = a.shape;

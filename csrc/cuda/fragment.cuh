@@ -16,24 +16,22 @@ FR_HD int32_t sum_column(int32_t lane, int32_t j, int32_t e) {
   return sizeof(T) == 2 ? 8 * j + lane % 4 * 2 + e % 2 : 8 * j + lane % 4 + e % 2 * 4;
 }
 
-// Element [row, e] of left times [column, e] of right, for COUNT elements e, added to the sums of wide elements. `left`
-// and `right` give the COUNT elements of a row, at a multiple of 16 bytes.
+// Elements e < COUNT of a row of left times those of a column of right, added to the sums of wide elements. left(i, e)
+// gives those of sum_row(i, e), right(j, e) those of sum_column(j, e), at a multiple of 16 bytes.
 template <class T, int COUNT, int I, int J, class Left, class Right>
 FR_DEVICE void multiply_wide(const Left& left, const Right& right, T (&sums)[I][J][4]) {
-  const int lane = thread_index() % 32;
   T a[I][2][COUNT];
 #pragma unroll
   for (int i = 0; i < I; ++i) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      load_elements<COUNT>(left(sum_row(lane, i, 2 * half)), 0, COUNT, true, a[i][half]);
+    for (int half = 0; half < 2; ++half) load_elements<COUNT>(left(i, 2 * half), 0, COUNT, true, a[i][half]);
   }
 #pragma unroll
   for (int j = 0; j < J; ++j) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       T b[COUNT];
-      load_elements<COUNT>(right(sum_column<T>(lane, j, half)), 0, COUNT, true, b);
+      load_elements<COUNT>(right(j, half), 0, COUNT, true, b);
 #pragma unroll
       for (int i = 0; i < I; ++i) {
 #pragma unroll

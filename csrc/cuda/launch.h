@@ -21,9 +21,11 @@ class Stream {
       return value;
     };
     multiprocessors_ = attribute(cudaDevAttrMultiProcessorCount);
+    shared_memory_ = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     capability_ = attribute(cudaDevAttrComputeCapabilityMajor) * 10 + attribute(cudaDevAttrComputeCapabilityMinor);
   }
 
+  int shared_memory() const { return shared_memory_; }  // bytes that a block can have
   int multiprocessors() const { return multiprocessors_; }
   int capability() const { return capability_; }  // 90 for 9.0
   cudaStream_t get() const { return stream_; }
@@ -43,7 +45,7 @@ class Stream {
  private:
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
-  int multiprocessors_ = 1, capability_ = 0;
+  int multiprocessors_ = 1, shared_memory_ = 0, capability_ = 0;
 };
 
 // Whether all of them start at a multiple of 16 bytes; null does.

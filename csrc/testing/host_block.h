@@ -20,7 +20,7 @@
 #include "common/elements.h"
 
 #define FR_KERNEL(threads) inline void
-#define FR_WIDE_KERNEL(threads) inline void
+#define FR_WIDE_KERNEL(threads, blocks) inline void
 #define FR_DEVICE static inline
 
 namespace fused_resnet {

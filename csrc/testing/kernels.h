@@ -18,6 +18,12 @@ void emulate_bn_act(const std::string& kernel, const std::string& dtype, const A
                     int32_t C, int activation, double eps, double r_eps, bool aligned, int64_t limit, unsigned seed);
 void emulate_conv(const std::string& dtype, const Addresses& addresses, const Numbers& sizes, int activation,
                   double eps, int pre_activation, double pre_eps, bool aligned, unsigned seed, int32_t filters);
+int64_t emulate_finalise(const std::string& dtype, const Addresses& addresses, int64_t count, int64_t span, int32_t K,
+                         double momentum, double eps, unsigned seed);
+int64_t emulate_stem(const std::string& dtype, const Addresses& addresses, const Numbers& sizes,
+                     const std::array<int64_t, 4>& strides, int activation, double eps, bool aligned, int64_t limit,
+                     unsigned seed);
+std::array<int64_t, 5> stem_tile_place(const Numbers& sizes, int64_t tile);
 std::array<int64_t, 5> tile_place(const Numbers& sizes, int64_t block, int32_t tile_n, int32_t bundle);
 int32_t chunk_number(int32_t row, int32_t chunk);
 std::array<int32_t, 3> depth_behind(int32_t r, int32_t s, int32_t c, int32_t S, int32_t channels);

@@ -38,6 +38,8 @@ void bind_index(py::module_& m) {
   m.def("tile_place", [](const Numbers& sizes, int64_t block, int32_t tile_n, int32_t bundle) {
     return py::tuple(py::cast(tile_place(sizes, block, tile_n, bundle)));
   });
+  m.def("stem_place",
+        [](const Numbers& sizes, int64_t tile) { return py::tuple(py::cast(stem_tile_place(sizes, tile))); });
   m.def("next_depth", [](int32_t r, int32_t s, int32_t c, int32_t S, int32_t channels) {
     return py::tuple(py::cast(depth_behind(r, s, c, S, channels)));
   });
@@ -78,4 +80,6 @@ PYBIND11_MODULE(fused_resnet_testing, m) {
   bind_index(m);
   m.def("bn_act", &emulate_bn_act);
   m.def("conv", &emulate_conv);
+  m.def("finalise", &emulate_finalise);
+  m.def("stem", &emulate_stem);
 }

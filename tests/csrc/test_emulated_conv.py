@@ -1,4 +1,4 @@
-"""The CUDA kernels of conv_bn_act for sm_80, source unchanged, on the CPU's emulation of a GPU, beside the reference."""
+"""The CUDA kernels of conv_bn_act for sm_80, source unchanged, emulated on the CPU, beside the reference."""
 
 import pytest
 import torch
@@ -44,14 +44,14 @@ def agree(p, o, y, name=family.FAMILY):
     assert bound.ok, f"{p.id}: {bound}"
 
 
-def guarded_run(run, p, o):
+def guarded_run(run, p, o, name=family.FAMILY):
     """`run` with every tensor between guard bands, which start at no multiple of 16 bytes."""
     with guarded() as guards:
         fenced = {name: guards.copy(value) for name, value in o._asdict().items()
                   if isinstance(value, torch.Tensor) and value.is_floating_point()}
         y = run(o._replace(**fenced))
         assert guards.touched() == 0
-    agree(p, o, y)
+    agree(p, o, y, name)
 
 
 # Tiles that end inside of the image, of the filters and of the depth; windows that leave the image on every side.
