@@ -1,4 +1,4 @@
-"""Calls of the native library's raw operators: a family's operands in the order of the schema, one for CPU and GPU.
+"""What the kernels share that call the native library's raw operators, on the CPU or on CUDA.
 
 What each of the two asks of the operands beyond the family's contract stands in `kernels/cpu` and `kernels/cuda`.
 """
@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from fused_resnet import native
-from fused_resnet.problem import ConvOperands, ConvProblem, NormProblem
+from fused_resnet.problem import NormProblem
 
-ANY_TILE = -1  # the library's own rule decides
 WHERE = {"cpu": "the CPU", "cuda": "CUDA"}
 
 
@@ -88,32 +87,3 @@ def bn_act_grad(problem: NormProblem, o: Any) -> tuple[torch.Tensor, torch.Tenso
         o.dy, o.mask, o.x, o.gamma, o.mean, o.var, o.eps, o.means, bool(problem.shortcut), *shortcut, o.r_eps,
         o.r_means if norm else None)
     return dx, dr if problem.shortcut else None
-
-
-def conv_bn_act(problem: ConvProblem, o: ConvOperands, tile: int = ANY_TILE) -> torch.Tensor:
-    """One launch.
-
-    Args:
-        problem: what is computed.
-        o: x and residual are dense in channels_last memory.
-        tile: an index into `native.CONV_TILES`, on CUDA.
-
-    Returns:
-        [N, K, P, Q] in x's dtype, channels_last.
-    """
-    return torch.ops.fused_resnet._conv_bn_act.default(
-        *o[:12], o.eps, o.pre_eps, problem.activation, problem.prologue, problem.stride, problem.padding,
-        problem.dilation, problem.groups, tile)
-
-
-def stem(problem: ConvProblem, o: ConvOperands) -> torch.Tensor:
-    """One launch.
-
-    Args:
-        problem: what is computed, `output_shape` being the pooled one.
-        o: x in any strides.
-
-    Returns:
-        The pooled map in x's dtype, channels_last.
-    """
-    return torch.ops.fused_resnet._stem.default(*o[:7], o.eps, problem.activation, problem.stride, problem.padding)

@@ -1,13 +1,14 @@
 """kernels/cuda: what reaches the raw operators. Their CPU kernels have the same schema and stand in for the GPU's."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fused_resnet import native
-from fused_resnet.kernels import raw
 from fused_resnet.kernels.cuda import bn_act, bn_act_grad, bn_act_sums, conv_bn_act, stem
+from fused_resnet.problem import ConvOperands
 from fused_resnet.testing import inputs
 from fused_resnet.testing.cases import CATALOGUE, STEMS, conv
 from tests.csrc.conftest import library, setup_script  # noqa: F401 - fixtures
@@ -55,7 +56,8 @@ def test_norms(kernel, problem, dtype):
 def test_vectors_in_16_bits_are_widened_and_follow_the_live_ones():
     problem = conv(16, 24, 5, bias=True, residual=True, prologue="relu")._replace(dtype="bf16")
     operands = inputs.make(problem)
-    operands = operands._replace(**{name: getattr(operands, name).bfloat16() for name in conv_bn_act.VECTORS})
+    names = ("bias", "gamma", "beta", "mean", "var", "pre_gamma", "pre_beta", "pre_mean", "pre_var")
+    operands = operands._replace(**{name: getattr(operands, name).bfloat16() for name in names})
     for _ in range(2):
         agree(problem, operands, conv_bn_act.forward(problem, operands))
         operands.gamma.neg_()
@@ -66,7 +68,11 @@ def test_vectors_in_16_bits_are_widened_and_follow_the_live_ones():
 def seen(monkeypatch):
     """What reaches the operator: (operands, tile) of every call."""
     calls = []
-    monkeypatch.setattr(raw, "conv_bn_act", lambda problem, o, tile: calls.append((o, tile)))
+
+    def operator(*given):
+        calls.append((ConvOperands(*given[:14]), given[-1]))
+
+    monkeypatch.setattr(torch.ops.fused_resnet, "_conv_bn_act", SimpleNamespace(default=operator), raising=False)
     return calls
 
 
@@ -75,7 +81,7 @@ def test_what_the_kernels_can_read_is_handed_on_as_it_is(seen):
     operands = inputs.make(problem)._replace(bias=torch.zeros(24))
     conv_bn_act.forward(problem, operands)
     (given, tile), = seen
-    assert all(a is b for a, b in zip(given, operands, strict=True)) and tile == raw.ANY_TILE
+    assert all(a is b for a, b in zip(given, operands, strict=True)) and tile == conv_bn_act.ANY_TILE
 
 
 def unaligned(w):
@@ -103,9 +109,12 @@ def test_images_that_begin_between_two_loads_are_copied(seen):
     row = torch.empty(operands.x.numel() + 1, dtype=torch.bfloat16)[1:]
     x = row.view(2, 3, 3, 8).permute(0, 3, 1, 2).copy_(operands.x)
     assert x.data_ptr() % 16
-    conv_bn_act.forward(problem, operands._replace(x=x))
-    given = seen[0][0].x
-    assert given.data_ptr() % 16 == 0 and given.stride() == x.stride() and torch.equal(given, operands.x)
+    tile = conv_bn_act.Tile.named(native.CONV_TILES[0])
+    conv_bn_act.forward(problem._replace(residual=True), operands._replace(x=x, residual=x), tile)
+    for given in (seen[0][0].x, seen[0][0].residual):
+        assert given.data_ptr() % 16 == 0 and given.stride() == x.stride() and torch.equal(given, operands.x)
+    conv_bn_act.forward(problem, operands._replace(x=x))  # the rule takes it as it is
+    assert seen[1][0].x is x
 
 
 def test_a_tile_is_handed_on_by_its_place_in_the_table(seen):

@@ -15,14 +15,15 @@ import torch
 
 from fused_resnet import native
 from fused_resnet.kernels import raw
-from fused_resnet.kernels.cuda.native import FOLDED, aligned, capability, needs_finite, weight_of, widened
+from fused_resnet.kernels.cuda.native import FOLDED, aligned, capability, needs_finite, weight_in, wide
 from fused_resnet.problem import ACTIVATIONS, ConvOperands, ConvProblem
 
 HALVES = ("bf16", "fp16")
 DTYPES = (*HALVES, "fp32", "tf32")  # fp32 is multiplied in fp32, where TF32 is allowed, too
-VECTORS = ("bias", "gamma", "beta", "mean", "var", "pre_gamma", "pre_beta", "pre_mean", "pre_var")
+FP32 = torch.float32
 LARGEST = 2**30  # of a size, and of the terms of a sum
 CHUNK = 8  # channels of one load
+ANY_TILE = -1  # the library's own rule decides
 
 
 @dataclass(frozen=True)
@@ -139,12 +140,22 @@ def forward(problem: ConvProblem, o: ConvOperands, tile: Tile | None = None) -> 
         ValueError: the library has no such tile.
         RuntimeError: the tile cannot run this problem.
     """
-    o = widened(o, VECTORS)._replace(x=aligned(o.x), weight=weight_of(o))
-    if tile is None:
-        return raw.conv_bn_act(problem, o, raw.ANY_TILE)
-    if o.residual is not None:
-        o = o._replace(residual=aligned(o.residual))
-    return raw.conv_bn_act(problem, o, tile.index)
+    (x, weight, bias, gamma, beta, mean, var, residual, pre_gamma, pre_beta, pre_mean, pre_var, eps, pre_eps, _) = o
+    # The vectors of a norm are of one dtype; where they are not, the library widens them itself, a launch for each.
+    if mean is not None and mean.dtype is not FP32:
+        gamma, beta, mean, var = wide((gamma, beta, mean, var))
+    if bias is not None and bias.dtype is not FP32:
+        bias, = wide((bias,))
+    if pre_mean is not None and pre_mean.dtype is not FP32:
+        pre_gamma, pre_beta, pre_mean, pre_var = wide((pre_gamma, pre_beta, pre_mean, pre_var))
+    index = ANY_TILE
+    if tile is not None:  # the library's rule takes images that begin anywhere
+        index, x = tile.index, aligned(x)
+        residual = residual if residual is None else aligned(residual)
+    return torch.ops.fused_resnet._conv_bn_act.default(
+        x, weight_in(x.dtype, weight), bias, gamma, beta, mean, var, residual, pre_gamma, pre_beta, pre_mean, pre_var,
+        eps, pre_eps, problem.activation, problem.prologue, problem.stride, problem.padding, problem.dilation,
+        problem.groups, index)
 
 
 __all__ = ["FOLDED", "candidates", "forward", "needs_finite", "refuse", "with_tile"]

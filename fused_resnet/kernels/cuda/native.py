@@ -17,6 +17,7 @@ from fused_resnet.kernels.raw import needs_finite
 from fused_resnet.problem import NormProblem
 
 FOLDED = False
+CHANNELS_LAST = torch.channels_last
 MOST_CHANNELS = 2**20
 BYTES = 16  # of one load
 NORM_VECTORS = ("gamma", "beta", "mean", "var", "r_gamma", "r_beta", "r_mean", "r_var", "means", "r_means")
@@ -42,8 +43,13 @@ def widened(o: Any, names: tuple[str, ...]) -> Any:
     given = {name: v for name in names if (v := getattr(o, name)) is not None and v.dtype is not dtype}
     if not given:
         return o
-    wide = packed(("wide", dtype), tuple(given.values()), lambda: [v.detach().to(dtype) for v in given.values()])
-    return o._replace(**dict(zip(given, wide, strict=True)))
+    return o._replace(**dict(zip(given, wide(tuple(given.values()), dtype), strict=True)))
+
+
+def wide(vectors: tuple, dtype: torch.dtype = torch.float32) -> tuple:
+    """Copies of vectors, absent ones being None, in `dtype`: kept while the vectors are the same."""
+    return packed(("wide", dtype), vectors, lambda: tuple(
+        [None if v is None else v.detach().to(dtype, copy=True) for v in vectors]))
 
 
 def aligned(t: torch.Tensor) -> torch.Tensor:
@@ -51,14 +57,13 @@ def aligned(t: torch.Tensor) -> torch.Tensor:
     return t if t.data_ptr() % BYTES == 0 else t.clone(memory_format=torch.preserve_format)
 
 
-def weight_of(o: Any) -> torch.Tensor:
-    """[K, C / groups, R, S] in x's dtype, dense in channels_last memory (KRSC); a copy is kept while it is the same."""
-    weight, dtype = o.weight, o.x.dtype
-    if (weight.dtype is dtype and weight.is_contiguous(memory_format=torch.channels_last)
+def weight_in(dtype: torch.dtype, weight: torch.Tensor) -> torch.Tensor:
+    """[K, C / groups, R, S] in `dtype`, dense in channels_last memory (KRSC); a copy is kept while it is the same."""
+    if (weight.dtype is dtype and weight.is_contiguous(memory_format=CHANNELS_LAST)
             and weight.data_ptr() % BYTES == 0):
         return weight
     return packed(("krsc", dtype, BYTES), (weight,), lambda: torch.empty_like(
-        weight, dtype=dtype, memory_format=torch.channels_last).copy_(weight.detach()))
+        weight, dtype=dtype, memory_format=CHANNELS_LAST).copy_(weight.detach()))
 
 
-__all__ = ["FOLDED", "aligned", "capability", "needs_finite", "refuse_norm", "weight_of", "widened"]
+__all__ = ["FOLDED", "aligned", "capability", "needs_finite", "refuse_norm", "weight_in", "wide", "widened"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fused_resnet.kernels import raw
-from fused_resnet.kernels.cuda.conv_bn_act import DTYPES, VECTORS
-from fused_resnet.kernels.cuda.native import FOLDED, needs_finite, weight_of, widened
+from fused_resnet.kernels.cuda.conv_bn_act import DTYPES
+from fused_resnet.kernels.cuda.native import FOLDED, needs_finite, weight_in, widened
 from fused_resnet.problem import ConvOperands, ConvProblem
 
 
@@ -19,7 +19,9 @@ def refuse(problem: ConvProblem) -> str | None:
 
 def forward(problem: ConvProblem, o: ConvOperands) -> torch.Tensor:
     """The pooled map in x's dtype and channels_last memory; x in any strides, vectors in any float dtype."""
-    return raw.stem(problem, widened(o, VECTORS)._replace(weight=weight_of(o)))
+    o = widened(o, ("bias", "gamma", "beta", "mean", "var"))
+    return torch.ops.fused_resnet._stem.default(
+        o.x, weight_in(o.x.dtype, o.weight), *o[2:7], o.eps, problem.activation, problem.stride, problem.padding)
 
 
 __all__ = ["FOLDED", "forward", "needs_finite", "refuse"]
