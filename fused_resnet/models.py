@@ -107,7 +107,14 @@ class ResNet(_Trunk):
     @planned(convert=False)
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] images -> [N, num_classes] logits."""
-        x = run(x, self.conv1, self.bn1, self.relu, pool=self.maxpool, group=self.process_group)
+        return self.rest(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
+
+    def fused(self, x: torch.Tensor) -> torch.Tensor:
+        """`forward` with the stem in one launch."""
+        return self.rest(run(x, self.conv1, self.bn1, self.relu, pool=self.maxpool, group=self.process_group))
+
+    def rest(self, x: torch.Tensor) -> torch.Tensor:
+        """What follows the stem."""
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)
@@ -145,7 +152,14 @@ class CifarResNet(_Trunk):
     @planned
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, in_channels, H, W] images -> [N, num_classes] logits."""
-        x = run(x, self.conv1, self.bn1, self.relu, group=self.process_group)
+        return self.rest(self.relu(self.bn1(self.conv1(x))))
+
+    def fused(self, x: torch.Tensor) -> torch.Tensor:
+        """`forward` with the stem in one launch."""
+        return self.rest(run(x, self.conv1, self.bn1, self.relu, group=self.process_group))
+
+    def rest(self, x: torch.Tensor) -> torch.Tensor:
+        """What follows the stem."""
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)

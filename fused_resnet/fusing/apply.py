@@ -19,6 +19,7 @@ from fused_resnet.fusing.route import Route
 
 NOTES = "_fused_resnet_notes"
 Model = TypeVar("Model", bound=nn.Module)
+SCRIPTABLE = "__prepare_scriptable__"  # TorchScript asks for it before it reads a module
 NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -28,6 +29,23 @@ class Notes:
 
     convs: dict[str, str] = field(default_factory=dict)  # name of a convolution -> why it was left alone
     modules: dict[str, str] = field(default_factory=dict)  # name of a module -> why it has no plan
+
+
+class Scriptable:
+    """Gives TorchScript the stock module: a copy of the modules without plans that shares all tensors."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self) -> nn.Module:
+        twins: dict[nn.Module, nn.Module] = {}
+        for module in self.module.modules():
+            twins[module] = twin = type(module).__new__(type(module))
+            twin.__dict__.update(module.__dict__)
+            unplan(twin)
+        for module, twin in twins.items():
+            twin.__dict__["_modules"] = {name: child and twins[child] for name, child in module._modules.items()}
+        return twins[self.module]
 
 
 def fuse(model: Model, *, inplace: bool = False, filter: Callable[[str, nn.Module], bool] | None = None,
@@ -71,6 +89,9 @@ def fuse(model: Model, *, inplace: bool = False, filter: Callable[[str, nn.Modul
     notes = Notes()
     _attach(fused, filter, memory_format is torch.channels_last, notes)
     fused.__dict__[NOTES] = notes
+    for module in fused.modules():
+        if plans(module):
+            module.__dict__[SCRIPTABLE] = Scriptable(module)
     for plan in plans(fused).values():
         plan.arm()
         plan.recompute = recompute
@@ -87,9 +108,14 @@ def fuse(model: Model, *, inplace: bool = False, filter: Callable[[str, nn.Modul
 def unfuse(model: Model) -> Model:
     """Takes every plan off `model` (in place) and returns it: the stock model with the same parameters."""
     for module in model.modules():
-        detach(module)
+        unplan(module)
     model.__dict__.pop(NOTES, None)
     return model
+
+
+def unplan(module: nn.Module) -> None:
+    """Takes off what `fuse` has attached to this module alone."""
+    detach(module).__dict__.pop(SCRIPTABLE, None)
 
 
 def refresh(model: nn.Module) -> int:

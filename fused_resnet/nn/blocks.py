@@ -2,8 +2,8 @@
 
 Constructor arguments, attribute names and state-dict keys are those of torchvision (`BasicBlock`,
 `Bottleneck`), of the common tutorials (`ResidualBlock`) and of kuangliu/pytorch-cifar
-(`PreActBlock`). The projection of the input runs before the launch that adds it, and where the modules
-run by themselves after the last of them, as in torchvision.
+(`PreActBlock`). Each `forward` is that of the stock block, which compilers, exporters and TorchScript
+read; called eagerly, `fused` carries it out.
 """
 
 from __future__ import annotations
@@ -57,6 +57,17 @@ class _Block(nn.Module):
     # torch.distributed group that the norms take the statistics of the batch over; None for this process alone.
     process_group: Any = None
 
+    branch: Callable[[], Branch]  # what `forward` is made of, where it is such a branch
+
+    def fused(self, x: torch.Tensor) -> torch.Tensor:
+        """`forward` in launches."""
+        (*inner, (conv, norm, activation)), shortcut = self.branch()
+        group = self.process_group
+        out = x
+        for modules in inner:
+            out = run(out, *modules, group=group)
+        return run(out, conv, norm, activation, residual=lambda: project(x, shortcut, group), group=group)
+
 
 class BasicBlock(_Block):
     """Two 3x3 convolutions: torchvision.models.resnet.BasicBlock.
@@ -100,9 +111,10 @@ class BasicBlock(_Block):
     @planned
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, inplanes, H, W] -> [N, planes, P, Q], with the strides that the stock modules give."""
-        out = run(x, self.conv1, self.bn1, self.relu, group=self.process_group)
-        return run(out, self.conv2, self.bn2, self.relu, group=self.process_group,
-                   residual=lambda: project(x, self.downsample, self.process_group))
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
 
 
 class Bottleneck(_Block):
@@ -146,10 +158,11 @@ class Bottleneck(_Block):
     @planned
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, inplanes, H, W] -> [N, 4 * planes, P, Q], with the strides that the stock modules give."""
-        out = run(x, self.conv1, self.bn1, self.relu, group=self.process_group)
-        out = run(out, self.conv2, self.bn2, self.relu, group=self.process_group)
-        return run(out, self.conv3, self.bn3, self.relu, group=self.process_group,
-                   residual=lambda: project(x, self.downsample, self.process_group))
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
 
 
 class ResidualBlock(_Block):
@@ -186,10 +199,10 @@ class ResidualBlock(_Block):
     @planned
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, P, Q], with the strides that the stock modules give."""
-        out = run(x, self.conv1, self.bn1, self.relu, group=self.process_group)
-        shortcut = self.shortcut if self.downsample is None else self.downsample
-        return run(out, self.conv2, self.bn2, self.relu, group=self.process_group,
-                   residual=lambda: project(x, shortcut, self.process_group))
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += self.shortcut(x) if self.downsample is None else self.downsample(x)
+        return self.relu(out)
 
 
 class PreActBlock(_Block):
@@ -220,6 +233,14 @@ class PreActBlock(_Block):
     @planned
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, P, Q], with the strides that the stock modules give."""
+        out = self.relu(self.bn1(x))
+        identity = self.shortcut(out) if len(self.shortcut) else x
+        out = self.conv2(self.relu(self.bn2(self.conv1(out))))
+        out += identity
+        return out
+
+    def fused(self, x: torch.Tensor) -> torch.Tensor:
+        """`forward` in launches: the first norm is the prologue of the first, unless the shortcut reads it, too."""
         refuse_alone(self.process_group, self.bn1)
         if len(self.shortcut):
             out = self.relu(self.bn1(x))

@@ -22,6 +22,7 @@ from fused_resnet.nn.guards import (
     CONVS,
     GRAD,
     OLD_HOOKS,
+    TENSORS,
     TRAINING,
     activation_blocked,
     ambient,
@@ -245,9 +246,6 @@ def run(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None = None, activat
     """
     if pool is not None and (not state.inside or norm is None or pool_blocked(pool) is not None):
         return pool(run(x, conv, norm, activation, residual, prologue, group=group))
-    if torch.compiler.is_compiling():  # the compiler fuses the stock modules its own way
-        training.refuse_alone(group, norm)
-        return stock(x, conv, norm, activation, residual, prologue)
     if not state.inside:
         residual = functools.cache(residual) if callable(residual) else residual
         out = training.single(x, conv, norm, activation, residual, group) if prologue is None else None
@@ -328,7 +326,10 @@ def planned(*, convert: bool) -> Callable[[Forward], Forward]: ...
 
 
 def planned(forward: Any = None, *, convert: bool = True) -> Any:
-    """Makes a block's forward a region: guards once, channels_last inside, stock's strides outside.
+    """Makes a block a region: guards once, channels_last inside, stock's strides outside.
+
+    The forward that is written down is the stock one; compilers read it. Called eagerly, the block's method `fused`
+    does the same by `run`.
 
     Args:
         forward: what is decorated.
@@ -339,25 +340,31 @@ def planned(forward: Any = None, *, convert: bool = True) -> Any:
 
     @functools.wraps(forward)
     def region(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling() or state.inside:
+        if torch.compiler.is_compiling() or type(x) not in TENSORS:  # whatever traces sees the stock modules
+            if getattr(self, "process_group", None) is not None:
+                for norm in filter(is_norm, self.modules()):
+                    training.refuse_alone(self.process_group, norm)
             return forward(self, x)
+        fused: Any = self.fused
+        if state.inside:
+            return fused(x)
         if self.training or gradients((x,), self.parameters):
             if self._is_full_backward_hook is False:  # OLD_HOOKS
                 with as_stock():
-                    return forward(self, x)
+                    return fused(x)
             out = training.attempt(self, x)
-            return forward(self, x) if out is None else out
+            return fused(x) if out is None else out
         if ambient((x,), self.parameters) is not None or x.dim() != 4 or not x.numel():
-            return forward(self, x)
+            return fused(x)
         if x.is_cpu and not (x.is_floating_point() and backends.all_finite(x)):
-            return forward(self, x)
+            return fused(x)
         below = survey(self)
         if below.foreign():
-            return forward(self, x)
+            return fused(x)
         keep = suggests_channels_last(x) or below.channels_last()
         state.inside = state.finite = True
         try:
-            out = forward(self, x.contiguous(memory_format=CHANNELS_LAST) if convert else x)
+            out = fused(x.contiguous(memory_format=CHANNELS_LAST) if convert else x)
         finally:
             state.inside = False
         return settle(out) if keep else restore(out)

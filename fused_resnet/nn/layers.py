@@ -55,6 +55,12 @@ class ConvBNAct2d(nn.Sequential):
     @executor.planned
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, C, H, W] -> [N, K, P, Q], with the strides that the stock modules give."""
+        for module in self:
+            x = module(x)
+        return x
+
+    def fused(self, x: torch.Tensor) -> torch.Tensor:
+        """`forward` in one launch and whatever else has been appended."""
         conv, *rest = self
         norm = rest.pop(0) if rest and executor.is_norm(rest[0]) else None
         activation = rest.pop(0) if rest and type(rest[0]) in executor.ACTIVATIONS else None
