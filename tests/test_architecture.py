@@ -14,7 +14,7 @@ MAX_LINES = 400
 LEAVES = {"problem", "numerics", "timing", "judge", "library", "settings"}
 BELOW_OPS = LEAVES | {"tuning", "backends", "tuner"}
 BELOW_NN = BELOW_OPS | {"ops", "functional"}
-BELOW_FUSING = BELOW_NN | {"nn", "models"}
+BELOW_FUSING = BELOW_NN | {"nn", "models", "native"}
 BELOW_TESTING = BELOW_FUSING | {"fusing"}
 BELOW_BENCH = BELOW_TESTING | {"testing", "graphs"}
 # Room -> the rooms that it may import; its own is always allowed.

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -20,6 +20,9 @@ from fused_resnet.fusing.apply import NOTES, Notes, plans
 from fused_resnet.fusing.steps import Launch
 from fused_resnet.ops import stem
 from fused_resnet.problem import ConvProblem
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 COLUMNS = ("name", "pattern", "status", "backend", "reason")
 UNWRAPPED = 10_000  # columns of a table that is not printed on a terminal
@@ -200,12 +203,16 @@ def _plain(rows: tuple[Row, ...]) -> list[str]:
     return ["  ".join([*(line[i].ljust(widths[i]) for i in range(4)), line[4]]).rstrip() for line in table]
 
 
-def report(model: nn.Module) -> Report:
-    """What `fuse` did to `model`.
+def report(model: nn.Module | ExportedProgram) -> Report:
+    """What `fuse` did to a model, or `lower` to an exported program.
 
     Raises:
-        ValueError: `model` was not returned by `fuse`.
+        ValueError: `model` was not returned by `fuse`, and is no exported program.
     """
+    if not isinstance(model, nn.Module):
+        from fused_resnet.fusing.rewrite import listed  # torch.export takes its time to import
+
+        return listed(model)
     notes: Notes | None = model.__dict__.get(NOTES)
     if notes is None:
         raise ValueError("report() takes a model that fuse() returned")
