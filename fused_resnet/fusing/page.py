@@ -138,8 +138,9 @@ def counted(report: Report, launches: Mapping[str, Mapping[str, int]] | None) ->
     """Operators of one forward before and after, and who counted them."""
     if launches is not None:
         stock, fused = launches["stock"], launches["fused"]
-        return {"stock": dict(stock), "fused": dict(fused), "before": sum(stock.values()), "after": sum(fused.values()),
-                "source": "counted by the profiler"}
+        kinds = dict.fromkeys([*stock, *fused])  # both in one order
+        return {"stock": dict(stock), "fused": {kind: fused[kind] for kind in kinds if kind in fused},
+                "before": sum(stock.values()), "after": sum(fused.values()), "source": "counted by the profiler"}
     parts = Counter(KINDS.get(part, part) for row in report for part in (row.pattern or "conv").split("+"))
     return {"stock": dict(parts), "fused": {"conv": len(report)}, "before": sum(parts.values()), "after": len(report),
             "source": "as the matched patterns say, other operators not counted"}
