@@ -148,11 +148,11 @@ FR_DEVICE void keep_norm(const Sm90Args& a, const Sm90Filter& f, float* vectors,
   vectors[2 * filters + filter] = norm.shift;
 }
 
-// Two neighbours of 16 bits in a word of shared memory.
+// Two neighbours of 16 bits in a word.
 template <class T>
-FR_DEVICE void unpack(const char* from, float (&out)[2]) {
+FR_DEVICE void unpack(uint32_t word, float (&out)[2]) {
   T pair[2];
-  memcpy(pair, from, sizeof pair);
+  memcpy(pair, &word, sizeof pair);
   out[0] = widen(pair[0]);
   out[1] = widen(pair[1]);
 }
@@ -164,6 +164,27 @@ FR_DEVICE uint32_t pack(float low, float high) {
   uint32_t word;
   memcpy(&word, pair, sizeof word);
   return word;
+}
+
+// One branch for all, instead of one for each.
+template <size_t N>
+FR_DEVICE void activate_all(float (&z)[N], Activation activation) {
+  auto each = [&](auto kind) {
+#pragma unroll
+    for (size_t i = 0; i < N; ++i) z[i] = activate(z[i], decltype(kind)::value);
+  };
+  switch (activation) {
+    case Activation::relu:
+      return each(std::integral_constant<Activation, Activation::relu>{});
+    case Activation::relu6:
+      return each(std::integral_constant<Activation, Activation::relu6>{});
+    case Activation::silu:
+      return each(std::integral_constant<Activation, Activation::silu>{});
+    case Activation::hardswish:
+      return each(std::integral_constant<Activation, Activation::hardswish>{});
+    default:
+      return;
+  }
 }
 
 // All sums of a stage's products: 128 pixels of a group as two times 64.
@@ -191,22 +212,24 @@ FR_DEVICE void finish_sums(const Sm90Args& a, const Sm90Shared<TILE>& shared, in
 #pragma unroll
   for (int j = 0; j < kPlan.filters / 8; ++j) {
     char* const panel = shared.output(group) + j / 8 * kPlan.panel_bytes();
-    float mean[2], scale[2], shift[2];
-    memcpy(mean, vectors + 8 * j, sizeof mean);
-    memcpy(scale, vectors + kPlan.filters + 8 * j, sizeof scale);
-    memcpy(shift, vectors + 2 * kPlan.filters + 8 * j, sizeof shift);
+    const FloatPair mean = load_pair(vectors + 8 * j), scale = load_pair(vectors + kPlan.filters + 8 * j),
+                    shift = load_pair(vectors + 2 * kPlan.filters + 8 * j);
+    const ChannelNorm<float> norm[2] = {{mean.low, scale.low, shift.low}, {mean.high, scale.high, shift.high}};
+    float z[8];
+    char* at[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // rows row, row + 8 and both + 64
-      char* const at = panel + swizzled_byte(i / 2 * 64 + i % 2 * 8 + row, j % 8 * 16 + column * 2);
-      float z[2], residual[2] = {};
-      if (a.residual) unpack<T>(at, residual);
+      at[i] = panel + swizzled_byte(i / 2 * 64 + i % 2 * 8 + row, j % 8 * 16 + column * 2);
+      float residual[2] = {};
+      if (a.residual) unpack<T>(load_shared(at[i]), residual);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        z[e] = normalised(sums[i / 2][4 * j + i % 2 * 2 + e], ChannelNorm<float>{mean[e], scale[e], shift[e]});
-        z[e] = activate(z[e] + residual[e], a.activation);
+        z[2 * i + e] = normalised(sums[i / 2][4 * j + i % 2 * 2 + e], norm[e]) + residual[e];
       }
-      store_shared(at, pack<T>(z[0], z[1]));
     }
+    activate_all(z, a.activation);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) store_shared(at[i], pack<T>(z[2 * i], z[2 * i + 1]));
   }
 }
 

@@ -142,6 +142,9 @@ FR_DEVICE void wait_stores() {
   cute::tma_store_wait<0>();
 }
 
+FR_DEVICE uint32_t load_shared(const char* from) {
+  return *reinterpret_cast<const uint32_t*>(from);
+}
 FR_DEVICE void store_shared(char* to, uint32_t value) {
   *reinterpret_cast<uint32_t*>(to) = value;
 }
@@ -201,3 +204,15 @@ FR_DEVICE void hold(float (&sums)[M][N]) {
 #else
 #include "testing/host_hopper.h"
 #endif
+
+namespace fused_resnet {
+
+struct alignas(8) FloatPair {
+  float low, high;
+};
+
+FR_DEVICE FloatPair load_pair(const float* from) {
+  return *reinterpret_cast<const FloatPair*>(from);
+}
+
+}  // namespace fused_resnet

@@ -354,6 +354,11 @@ FR_DEVICE void wait_stores() {
   host::Cluster::now().thread().stores.clear();
 }
 
+FR_DEVICE uint32_t load_shared(const char* from) {
+  uint32_t value;
+  memcpy(&value, from, sizeof value);
+  return value;
+}
 FR_DEVICE void store_shared(char* to, uint32_t value) {
   memcpy(to, &value, sizeof value);
   host::Cluster::now().thread().unfenced = true;
