@@ -171,6 +171,19 @@ def test_what_a_convolution_is_refused_for(there, change, word):
     assert re.search(word, conv_bn_act.refuse(problem._replace(**change)))
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_what_a_stem_is_refused_for(there, monkeypatch, dtype):
+    problem = STEMS[0]._replace(device="cuda", dtype=dtype)
+    large = problem._replace(R=31, S=31, stride=(4, 4))
+    for arch in (80, 86, 90):
+        monkeypatch.setattr(stem, "capability", lambda arch=arch: arch)
+        assert stem.refuse(problem) is None and "shared memory" in stem.refuse(large)
+    assert all(stem.refuse(p._replace(device="cuda", dtype=dtype)) is None for p in STEMS)
+    assert "up to 4 channels" in stem.refuse(problem._replace(C=5))
+    assert "on cpu" in stem.refuse(problem._replace(device="cpu")) and "fp64" in stem.refuse(
+        problem._replace(dtype="fp64"))
+
+
 @pytest.mark.parametrize("kernel", NORMS, ids=lambda kernel: kernel.__name__.rpartition(".")[2])
 def test_what_a_norm_is_refused_for(there, kernel):
     problem = norm(64, 14, device="cuda", dtype="bf16", shortcut="norm")
