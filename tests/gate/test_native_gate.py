@@ -46,7 +46,7 @@ if torch.version.cuda is None:
     ctypes.CDLL({str(cuda_part / 'work/cuda/libtorch_cuda.so')!r}, mode=ctypes.RTLD_GLOBAL)
 for part in ("cpu", "cuda"):
     torch.ops.load_library({str(cuda_part)!r} + f"/_C_{{part}}.so")
-for name in ("_bn_act", "_bn_act_sums", "_bn_act_grad", "_conv_bn_act"):
+for name in ("_bn_act", "_bn_act_sums", "_bn_act_grad", "_conv_bn_act", "_stem", "_bn_finalise"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key("fused_resnet::" + name, "CUDA"), name
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -97,10 +97,15 @@ def test_the_code_is_what_the_design_says(cuda_part):
         count = {op: len(re.findall(rf"(?<![\w.]){re.escape(op)}", function)) for op in (
             "HMMA.16816.F32", "LDSM.16.M88.4", "LDGSTS", "LDG.E.128", "STG.E.128", "LDL", "STL", "ATOM", "RED.")}
         assert count["ATOM"] + count["RED."] == 0, f"{name} uses atomics"
-        if "conv_bn_act_tile" in name:
-            wide = "Li128E" in name
-            assert count["HMMA.16816.F32"] == (64 if wide else 32) and count["LDSM.16.M88.4"] == (16 if wide else 12)
+        if tile := re.search(r"conv_bn_act_tileINS_4[bf][fp]16ELi(\d+)E", name):
+            filters = int(tile[1])  # a warp makes 64 x filters / 2 or 32 x filters, 32 deep a step, HMMA 16 x 8 x 16
+            assert count["HMMA.16816.F32"] == filters // 2, f"{name}: {count}"
+            assert count["LDSM.16.M88.4"] <= {128: 16, 64: 12, 32: 8}.get(filters, 6)
             assert count["LDGSTS"] and count["STG.E.128"] and not count["LDL"] + count["STL"]
+        elif re.search(r"stem_tiles_kernelINS_4[bf][fp]16E", name):
+            assert count["HMMA.16816.F32"] == 16 and count["LDSM.16.M88.4"] == 4 and count["STG.E.128"]
+        elif "conv_bn_act_tile" in name or "depthwise" in name:
+            assert count["STG.E.128"] and not count["HMMA.16816.F32"], f"{name} is not what IEEE fp32 asks for"
         elif "forward" in name or "gradient" in name:
             assert count["LDG.E.128"] and count["STG.E.128"], name
 
