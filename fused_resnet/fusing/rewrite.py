@@ -85,7 +85,7 @@ def _fits(chain: Chain) -> bool:
         return False
     if x.shape[1] != weight.shape[1] * c.groups or min(c.padding) < 0:
         return False
-    if chain.pooled and (c.groups != 1 or c.dilation != (1, 1) or not _has_kernel("_stem", x)):
+    if chain.pooled and (c.groups != 1 or c.dilation != (1, 1) or x.device.type != "cpu"):
         return False
     return _has_kernel("_conv_bn_act", x) and (x.device.type != "cuda" or _fits_cuda(chain, x, weight))
 
