@@ -16,6 +16,8 @@ PINS := constraints.txt constraints-cpu.txt
 # Two model zoos whose metadata would pull another build of torch; their light dependencies are installed by name.
 ZOOS       := torchvision timm
 ZOOS_NEEDS := pyyaml safetensors huggingface_hub
+# CuTe's headers for the sm_90a convolution; its Python tools would pull six packages that nothing here needs.
+HEADERS    := nvidia-cutlass
 # One thread a process: the small shapes of the tests are slower on two.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest
@@ -69,6 +71,7 @@ $(VENV)/.torch: $(PINS)
 
 $(VENV)/.bench: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*/*)
 	@echo "set-up 2/3: the package, its command line, the peers and two model zoos"
+	@$(PIP) -c $(VENV)/pins.txt --no-deps $(HEADERS)
 	@$(PIP) -c $(VENV)/pins.txt --no-build-isolation -e '.[cli,peers]' $(ZOOS_NEEDS)
 	@$(PIP) -c $(VENV)/pins.txt --no-deps $(ZOOS)
 	@touch $@
