@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fused_resnet import backends
+from fused_resnet.kernels.cuda.stem import shared
 from fused_resnet.ops.stem import FAMILY, StemProblem
 from fused_resnet.problem import ACTIVATIONS
 from fused_resnet.testing import inputs
@@ -93,4 +94,5 @@ def test_the_stem_of_resnet_fits_into_the_shared_memory_of_every_gpu_from_sm_80_
         operands = inputs.make(problem)
         addresses, _alive = convs.addresses_of(operands, torch.empty(problem.output_shape, dtype=operands.x.dtype))
         sizes, strides = convs.sizes_of(problem), operands.x.stride()
-        assert emulation.stem(dtype, addresses, sizes, strides, 1, 1e-5, True, 1, 0) <= room
+        needed = emulation.stem(dtype, addresses, sizes, strides, 1, 1e-5, True, 1, 0)
+        assert needed <= room and (dtype == "fp64" or needed == shared(problem))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fused_resnet import native
+from fused_resnet.kernels.cuda import conv_bn_act as caller
 from fused_resnet.problem import ConvProblem
 
 SM90 = [i for i, name in enumerate(native.CONV_TILES) if name.startswith("sm90")]
@@ -154,6 +155,7 @@ def test_every_output_is_of_one_tile(sm90):
         assert (covered == 1).all() and covered.shape[0] * m >= p.N * p.P * p.Q
 
 
+TILE = caller.Tile.named("sm90_128x64")
 REFUSED = {
     "groups": conv(groups=2), "channels": conv(C=20), "filters": conv(K=20), "stride": conv(H=40, stride=(9, 1)),
     "padding": conv(padding=(0, 129)), "beyond": conv(300, 300, 300, R=131, padding=(1, 1)),
@@ -166,6 +168,7 @@ REFUSED = {
 def test_what_tma_cannot_describe_is_refused(sm90, word):
     reason = sm90.refusal(sizes(REFUSED[word]))
     assert reason is not None and word in reason
+    assert caller.legal(TILE, REFUSED[word], 90) not in (None, native.without_sm90())
     assert sm90.rule(sizes(REFUSED[word]), 132) == -1
 
 
@@ -174,6 +177,7 @@ def test_the_limits_themselves_are_taken(sm90):
               conv(H=300, W=300, R=255, S=2, padding=(126, 127), dilation=(1, 254)),
               conv(2**15, 2**8, 2**8 - 1)):
         assert sm90.refusal(sizes(p)) is None, p.id
+        assert caller.legal(TILE, p, 90) == native.without_sm90()  # Python refuses what the library does
         legal(sm90.patches_plan(sizes(p), 256))
 
 
