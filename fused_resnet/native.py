@@ -87,6 +87,9 @@ def _missing(part: str) -> str | None:
     except OSError as error:
         return f"it cannot be loaded: {error}"
     if part == "cpu":
+        absent = [name for name in FAKES if not hasattr(torch.ops.fused_resnet, name)]
+        if absent:
+            return f"it was built from other sources, without {', '.join(absent)}: install the package again"
         for name, fake in FAKES.items():
             register_fake(name, fake)
     return None

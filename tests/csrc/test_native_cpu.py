@@ -175,3 +175,8 @@ def test_the_loader_gives_its_reasons(monkeypatch, tmp_path):
     finally:
         monkeypatch.undo()
         backends.reset()
+
+
+def test_a_library_of_other_sources_is_not_used(monkeypatch):
+    monkeypatch.setitem(native.FAKES, "_no_such_operator", lambda x: x)
+    assert "without _no_such_operator" in native._missing("cpu")
