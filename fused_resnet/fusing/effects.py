@@ -3,7 +3,7 @@
 Attributes set, containers written, calls made for their effect, context managers, type tests, chance: a function with
 any of them is refused. What stays inside of one call is no effect: a list or dict that the function itself made and
 holds in a local name alone may be written. Nor is what a graph records: `torch._assert`, and methods of a module's
-own parameters and buffers, which are tracing tensors.
+own parameters and buffers, which are tracing tensors, and methods that work in place on a tensor in a local name.
 
 To know what a store or a call works on, straight lines of bytecode are followed with a stack of what is known about
 each value. Whatever is not known, an opcode of another Python included, counts as foreign.
@@ -220,10 +220,20 @@ def _reason(at: dis.Instruction, taken: list[tuple], before: str, local: set[str
             return None
         if kind == "called":
             (owner, name), method = what
-            if owner == "local" and name in local and method in _GROWERS or owner == "own" and name in tensors:
+            if owner == "local" and (name in local and method in _GROWERS or _writes_tensor(method)):
+                return None
+            if owner == "own" and name in tensors:
                 return None
         return "calls something for its effect"
     return _EFFECTS.get(at.opname)
+
+
+def _writes_tensor(method: str) -> bool:
+    """Whether a method works in place on a tensor: a graph records that, and who else reads the tensor is looked at.
+
+    Of an object that is no tensor such a method is Python code, which is read like any other.
+    """
+    return method.endswith("_") and not method.endswith("__") and hasattr(torch.Tensor, method)
 
 
 def _tensors(owner: Any) -> frozenset[str]:
