@@ -58,6 +58,7 @@ class Cluster {
   void start(int count, size_t shared_bytes, unsigned seed) {
     blocks = count, bytes = shared_bytes, fault.clear(), idle = 0;
     copies.clear();
+    late.clear();
     threads.assign(count * kSm90Threads, {});
     met.assign(count * kGroups, {});
     random.seed(seed);
@@ -66,17 +67,19 @@ class Cluster {
   Thread& thread() { return threads[Block::now().current]; }
   Thread& thread(int block, int at) { return threads[block * kSm90Threads + at]; }
   bool chance(unsigned of) { return random() % of == 0; }
-  void copy(std::function<void()> run) { copies.push_back(std::move(run)); }
+  // One copy of sixteen is late: it lands when all else waits.
+  void copy(std::function<void()> run) { (chance(16) ? late : copies).push_back(std::move(run)); }
   void progress() { idle = 0; }
-  bool done() const { return copies.empty(); }
+  bool done() const { return copies.empty() && late.empty(); }
 
   // Lets others go on; some copy may land.
   void yield() {
     if (++idle > 4'000'000) fail("a wait without end");
-    if (!copies.empty() && chance(8)) {
-      std::swap(copies[random() % copies.size()], copies.back());
-      const auto run = std::move(copies.back());
-      copies.pop_back();
+    auto& some = !copies.empty() ? copies : late;
+    if (!some.empty() && (&some == &copies ? chance(8) : idle > 8192)) {
+      std::swap(some[random() % some.size()], some.back());
+      const auto run = std::move(some.back());
+      some.pop_back();
       run();
       progress();
     }
@@ -102,7 +105,7 @@ class Cluster {
 
  private:
   std::vector<Thread> threads;
-  std::vector<std::function<void()>> copies;
+  std::vector<std::function<void()>> copies, late;
   std::mt19937 random;
   int64_t idle = 0;
 
