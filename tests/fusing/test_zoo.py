@@ -1,5 +1,7 @@
 """Every network of the ResNet family that people load: what fuses, and that nothing else changes."""
 
+import time
+
 import pytest
 import timm
 import torch
@@ -7,6 +9,8 @@ import torch.nn.functional as F
 import torchvision.models as tv
 from torch import nn
 from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.misc import Conv2dNormActivation, FrozenBatchNorm2d
 from transformers import ResNetBackbone, ResNetConfig, ResNetForImageClassification
 
@@ -97,7 +101,7 @@ NETS = {
     "frozen": (lambda: tv.resnet50(norm_layer=FrozenBatchNorm2d), 53, 53, 48),
     "group_norm": (lambda: tv.resnet18(norm_layer=lambda c: nn.GroupNorm(4, c)), 0, 20, 32),
     "zero_init": (lambda: tv.resnet18(zero_init_residual=True), 20, 20, 32),
-    "faster_rcnn_body": (faster_rcnn_body, 20, 20, 64), "fcn": (fcn_body, 53, 55, 48),
+    "faster_rcnn_body": (faster_rcnn_body, 20, 20, 64), "fcn": (fcn_body, 54, 55, 48),
     "hf_basic": (lambda: huggingface(2, "basic"), 8, 8, 48),
     "hf_bottleneck": (lambda: huggingface(2, "bottleneck"), 11, 11, 48),
     "hf_downsample_in_bottleneck": (lambda: huggingface(2, "bottleneck", downsample_in_bottleneck=True), 11, 11, 48),
@@ -106,6 +110,14 @@ NETS = {
     "timm_resnet50d": (lambda: timm.create_model("resnet50d"), 55, 55, 48),
     "timm_resnext50": (lambda: timm.create_model("resnext50_32x4d"), 53, 53, 33),
     "timm_seresnet50": (lambda: timm.create_model("seresnet50"), 69, 85, 48),
+    "timm_resnet10t": (lambda: timm.create_model("resnet10t"), 14, 14, 40),
+    "timm_resnetv2": (lambda: timm.create_model("resnetv2_18"), 16, 21, 48),
+    "timm_resnext26ts": (lambda: timm.create_model("resnext26ts"), 31, 31, 40),
+    "timm_cspresnet": (lambda: timm.create_model("cspresnet50"), 55, 55, 40),
+    "timm_skresnet": (lambda: timm.create_model("skresnet18"), 36, 44, 40),
+    "timm_res2net": (lambda: timm.create_model("res2net50_26w_4s"), 85, 85, 40),
+    "timm_drop_path": (lambda: timm.create_model("resnet18", drop_path_rate=0.1), 20, 20, 40),
+    "timm_regnety": (lambda: timm.create_model("regnety_002"), 57, 70, 40),
     "tutorial_resnet34": (seeds.ResNet34, 36, 36, 48),
     "ours_resnet18": (models.resnet18, 20, 20, 48), "ours_cifar20": (lambda: models.cifar_resnet(20), 21, 21, 32),
     "conv_norm_activation": (lambda: nn.Sequential(Conv2dNormActivation(3, 8), Conv2dNormActivation(
@@ -115,7 +127,9 @@ NETS = {
     "detectron_conv": (lambda: nn.Sequential(DetectronConv(3, 8, 3, norm=nn.BatchNorm2d(8), activation=nn.ReLU()),
                                              nn.Conv2d(8, 8, 1), nn.ReLU()), 2, 2, 17),
 }
-LARGE = {"resnet101", "resnet152", "resnext101", "wide_resnet50", "timm_resnet50d", "timm_resnext50", "fcn"}
+LARGE = {"timm_resnetv2", "timm_resnext26ts", "timm_cspresnet", "timm_skresnet", "timm_res2net", "timm_drop_path",
+         "timm_regnety", "resnet101", "resnet152", "resnext101", "wide_resnet50", "timm_resnet50d", "timm_resnext50",
+         "fcn"}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -194,6 +208,54 @@ def test_backbone_keeps_what_it_returns():
         same_strides(a, b)
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert type(fused(x)) is type(stock(x))
+
+
+@torch.no_grad()
+def test_what_a_pyramid_still_needs_is_not_written_over():
+    """Faster R-CNN: the pyramid reads every stage, and later stages read them as well."""
+    stock = BackboneWithFPN(tv.resnet18(norm_layer=FrozenBatchNorm2d), {f"layer{i}": str(i) for i in (1, 2, 3, 4)},
+                            [64, 128, 256, 512], 16, LastLevelMaxPool())
+    fused = fr.fuse(randomize(stock).eval())
+    assert counts(fused) == (20, 28) and len({type(stock(torch.zeros(1, 3, 64, 64))), dict}) == 2
+    stages = []
+    for model in (stock, fused):  # hooks let the plans of what is inside run
+        model.fpn.register_forward_pre_hook(lambda _, given: stages.append(dict(given[0])))
+    x = torch.randn(1, 3, 64, 64)
+    twice(stock, fused, x)
+    for mine, theirs in ((stages[1], stages[0]), (stages[3], stages[2])):
+        assert list(mine) == list(theirs)
+        for key in theirs:
+            torch.testing.assert_close(mine[key], theirs[key], rtol=1e-4, atol=1e-4)
+    kept = {key: value.clone() for key, value in fused.body(x).items()}
+    first = fused.body(x)
+    fused.body(torch.randn_like(x))
+    assert all(torch.equal(first[key], kept[key]) for key in kept), "a later call wrote into an earlier one's results"
+
+
+@torch.no_grad()
+def test_a_network_prepared_for_quantization_stays_stock():
+    """Observers hang on hooks; they must see what they would see."""
+    stock = randomize(tv.quantization.resnet18(weights=None, quantize=False)).eval()
+    stock.qconfig = torch.ao.quantization.get_default_qconfig("x86")
+    stock = torch.ao.quantization.prepare(stock)
+    fused, x = fr.fuse(stock), torch.randn(1, 3, 40, 40)
+    assert torch.equal(fused(x), stock(x))
+    assert any("hook" in note for note in fr.report(fused).notes), fr.report(fused).notes
+    for (name, a), (_, b) in zip(stock.state_dict().items(), fused.state_dict().items(), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, name
+
+
+def test_fuse_and_report_take_less_than_a_second():
+    """Of processor time, the better of two, so that a busy machine does not matter; twice that is allowed."""
+    stock, taken, told = tv.resnet152().eval(), [], []
+    for _ in range(2):
+        start = time.process_time()
+        fused = fr.fuse(stock)
+        taken.append(time.process_time() - start)
+        start = time.process_time()
+        str(fr.report(fused))
+        told.append(time.process_time() - start)
+    assert min(taken) < 2 and min(told) < 1, (taken, told)
 
 
 @torch.no_grad()
