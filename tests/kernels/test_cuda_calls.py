@@ -139,7 +139,8 @@ def on_gpu(*sizes, dtype="bf16", **flags):
     ({"C": 60}, {"mma_128x64"}), ({"groups": 2}, {"mma_128x64", "mma_128x128"}), ({"groups": 64}, {"None"}),
     ({"stride": (9, 1)}, {"mma_128x64", "mma_128x128"}), ({"R": 1, "dilation": (300, 1)}, None),
     ({"dilation": (200, 1), "padding": (200, 1)}, {"mma_128x64", "mma_128x128"}),
-    ({"N": 2**24}, {"mma_128x64", "mma_128x128"})], ids=str)
+    ({"N": 2**24}, {"mma_128x64", "mma_128x128"})],
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value))
 def test_candidates_fit_the_problem_and_the_gpu(there, change, expected):
     problem = on_gpu(64, 256, 56)._replace(**change)
     expected = expected or set(native.CONV_TILES)
