@@ -11,7 +11,7 @@ BUDGET     ?= 540
 OUT        ?= benchmarks/results/h200
 
 BIN  := $(VENV)/bin
-PIP  := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet
+PIP  := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --no-warn-conflicts
 PINS := constraints.txt constraints-cpu.txt
 # Two model zoos whose metadata would pull another build of torch; their light dependencies are installed by name.
 ZOOS       := torchvision timm
@@ -36,7 +36,7 @@ test: $(VENV)/.all  ## the tests of every room (12 minutes on 2 cores)
 	$(PYTEST) -n $(JOBS) tests --ignore=tests/gate --ignore=tests/gpu -m "not gate" $(ARGS)
 
 gate: $(VENV)/.all  ## the compile gates and the larger sweeps (25 minutes on 2 cores)
-	$(PYTEST) tests/gate $(ARGS)
+	$(PYTEST) -n $(JOBS) --dist loadfile tests/gate $(ARGS)
 	$(PYTEST) -n $(JOBS) tests --ignore=tests/gate --ignore=tests/gpu -m gate $(ARGS)
 
 lint: $(VENV)/.all  ## ruff, mypy, clang-format

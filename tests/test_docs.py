@@ -32,9 +32,9 @@ def named(path):
 def ran(tmp_path_factory):
     """All programs of all pages, in one process as a user has it: without Triton's interpreter, with an empty cache."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "error::UserWarning",
-                   "FUSED_RESNET_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
-    done = subprocess.run([sys.executable, "-m", "tests.run_blocks", *map(named, PROGRAMS)], cwd=ROOT, text=True,
-                          env=environment, capture_output=True)
+                   "FUSED_RESNET_CACHE_DIR": str(tmp_path_factory.mktemp("cache")), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "tests.run_blocks", *map(str, PROGRAMS)], text=True, env=environment,
+                          cwd=tmp_path_factory.mktemp("work"), capture_output=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -42,7 +42,7 @@ def ran(tmp_path_factory):
 @pytest.mark.parametrize("page", PROGRAMS, ids=named)
 def test_programs_run(ran, page):
     pytest.importorskip("torchvision")
-    result = ran[named(page)]
+    result = ran[str(page)]
     assert result["failed"] is None, result["failed"]
     assert result["ran"] == len(blocks(page.read_text(), "python"))
 

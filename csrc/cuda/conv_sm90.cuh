@@ -287,7 +287,7 @@ FR_DEVICE void make_tiles(const Sm90Args& a, const Sm90Shared<TILE>& shared, int
 }
 
 template <class T, int TILE>
-FR_LONE_KERNEL(kSm90Threads)
+FR_WIDE_KERNEL(kSm90Threads, 1)
 conv_bn_act_sm90(FR_GRID_CONSTANT Sm90Args a) {
   constexpr Sm90Plan kPlan = Sm90Shared<TILE>::kPlan;
   const Sm90Shared<TILE> shared;

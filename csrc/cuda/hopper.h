@@ -19,8 +19,6 @@
 #include "cutlass/arch/barrier.h"
 #include "cutlass/arch/reg_reconfig.h"
 
-// One block a multiprocessor, which has its registers to divide.
-#define FR_LONE_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define FR_GRID_CONSTANT const __grid_constant__
 #define FR_MEMBER __device__ __forceinline__
 

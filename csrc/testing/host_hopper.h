@@ -10,7 +10,6 @@
 #include "common/conv_sm90.h"
 #include "testing/host_block.h"
 
-#define FR_LONE_KERNEL(threads) FR_KERNEL(threads)
 #define FR_GRID_CONSTANT const
 #define FR_MEMBER inline
 

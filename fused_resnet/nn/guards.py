@@ -108,7 +108,7 @@ def _watched_functions() -> bool:
     return depth > 0 and any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(depth))
 
 
-GRAD = "gradients are needed: the stock forward runs until training kernels exist"
+GRAD = "gradients are needed, and no route trains it: the stock forward runs"
 
 
 # What register_backward_hook gives: the gradients that the last node of autograd returns, which must be stock's node.
@@ -155,7 +155,7 @@ def norm_blocked(norm: nn.Module) -> str | None:
     return None
 
 
-TRAINING = "the norm is in training mode: the stock forward runs until training kernels exist"
+TRAINING = "the norm is in training mode, and no route trains it: the stock forward runs"
 
 
 def pool_blocked(pool: nn.Module) -> str | None:
