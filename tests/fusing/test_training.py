@@ -50,7 +50,7 @@ NETS = {
     "detectron": (lambda: sequential(DetectronBlock(8), DetectronBlock(8)), 3, 13),
     "mobilenet_v2": (lambda: tv.mobilenet_v2(num_classes=7, width_mult=0.35), None, 64),
     "densenet": (lambda: tv.DenseNet(8, (2, 2), 8, num_classes=7), None, 33),
-    "timm_resnetv2": (lambda: timm.create_model("resnetv2_18", num_classes=7), 0, 64),  # norms of timm's own class
+    "timm_resnetv2": (lambda: timm.create_model("resnetv2_18", num_classes=7), 8, 64),  # norms of timm's own class
     "regnet": (lambda: tv.regnet_y_400mf(num_classes=7), 33, 64),
     "googlenet": (lambda: tv.googlenet(num_classes=7, aux_logits=True, init_weights=False), None, 64),
     "detectron_conv": (lambda: nn.Sequential(DetectronConv(3, 8, 3, norm=nn.BatchNorm2d(8), activation=nn.ReLU()),
