@@ -31,13 +31,7 @@ Tensor conv_bn_act(const Tensor& x_, const Tensor& weight_, const Maybe& bias, c
     a.weight = data<T>(weight);
     a.residual = data<T>(residual);
     a.y = data_out<T>(y);
-    a.bias = vectors.of<A>(bias, s.K, "bias");
-    a.gamma = vectors.of<A>(gamma, s.K, "gamma");
-    a.beta = vectors.of<A>(beta, s.K, "beta");
-    a.mean = vectors.of<A>(mean, s.K, "mean");
-    a.var = vectors.of<A>(var, s.K, "var");
-    a.eps = static_cast<A>(eps);
-    a.activation = activation_of(activation);
+    set_epilogue<A>(a, vectors, s.K, bias, gamma, beta, mean, var, eps, activation);
     a.aligned = aligned(a.residual, a.y);
     if (!prologue.empty()) {
       a.pre = {vectors.of<A>(pre_gamma, s.C, "pre_gamma"),

@@ -72,4 +72,17 @@ class Vectors {
   std::vector<Tensor> kept_;
 };
 
+// What follows the sums of a convolution with K filters: bias, norm and activation.
+template <class A, class Args>
+void set_epilogue(Args& a, Vectors& vectors, int64_t K, const Maybe& bias, const Maybe& gamma, const Maybe& beta,
+                  const Maybe& mean, const Maybe& var, double eps, const std::string& activation) {
+  a.bias = vectors.of<A>(bias, K, "bias");
+  a.gamma = vectors.of<A>(gamma, K, "gamma");
+  a.beta = vectors.of<A>(beta, K, "beta");
+  a.mean = vectors.of<A>(mean, K, "mean");
+  a.var = vectors.of<A>(var, K, "var");
+  a.eps = static_cast<A>(eps);
+  a.activation = activation_of(activation);
+}
+
 }  // namespace fused_resnet

@@ -28,13 +28,7 @@ Tensor stem(const Tensor& x, const Tensor& weight_, const Maybe& bias, const May
     a.x_w = x.stride(3);
     a.weight = data<T>(weight);
     a.y = data_out<T>(y);
-    a.bias = vectors.of<A>(bias, s.K, "bias");
-    a.gamma = vectors.of<A>(gamma, s.K, "gamma");
-    a.beta = vectors.of<A>(beta, s.K, "beta");
-    a.mean = vectors.of<A>(mean, s.K, "mean");
-    a.var = vectors.of<A>(var, s.K, "var");
-    a.eps = static_cast<A>(eps);
-    a.activation = activation_of(activation);
+    set_epilogue<A>(a, vectors, s.K, bias, gamma, beta, mean, var, eps, activation);
     a.aligned = aligned(a.y);
     const int64_t bytes = stem_plan<T>(s).bytes;
     STD_TORCH_CHECK(bytes <= stream.shared_memory(), "windows of ", s.R, " x ", s.S, " with stride ", s.stride_h, " x ",

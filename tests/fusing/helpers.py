@@ -1,6 +1,8 @@
 """Stock beside fused: the comparisons that every test of fuse() makes."""
 
 import copy
+import io
+import pickle
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -68,3 +70,14 @@ def both(stock, fused, change):
     change(stock)
     torch.manual_seed(5)
     change(fused)
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)

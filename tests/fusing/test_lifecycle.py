@@ -1,8 +1,6 @@
 """Copies, files, threads, fusing again and taking it back."""
 
 import copy
-import io
-import pickle
 import threading
 
 import pytest
@@ -14,20 +12,9 @@ from torch import nn
 import fused_resnet as fr
 from fused_resnet.fusing import plans
 from fused_resnet.nn import executor
-from tests.fusing.helpers import agree, counts, equal, same_strides, twice
+from tests.fusing.helpers import agree, counts, equal, pickled, same_strides, saved, twice
 from tests.fusing.nets import Block, X
 from tests.nets import randomize
-
-
-def pickled(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-def saved(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, pickled, saved])

@@ -6,7 +6,6 @@ while the model is used, trained for two steps and evaluated (`beside`).
 
 import copy
 import io
-import pickle
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from tests.fusing.beside import EVERY, beside, quietly
+from tests.fusing.helpers import pickled, saved
 from tests.fusing.nets import X
 
 
@@ -58,17 +58,6 @@ def assigned_from_meta(model):
     model.to("meta")
     model.load_state_dict(values, assign=True)
     model.requires_grad_()
-
-
-def pickled(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-def saved(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 def saved_state(model):

@@ -1,8 +1,6 @@
 """What training loops do to models, done to a fused one and to stock: equal after every step."""
 
 import copy
-import io
-import pickle
 import threading
 
 import pytest
@@ -12,6 +10,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm
 
 import fused_resnet as fr
 from fused_resnet.fusing import plans
+from tests.fusing.helpers import pickled, saved
 from tests.fusing.nets import Block, Net
 from tests.fusing.pairs import (
     BRANCH,
@@ -181,18 +180,7 @@ def test_double_precision_midway():
     trains(fused, X, BRANCHES)
 
 
-def clone_by_pickle(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-def clone_by_file(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("clone", [copy.deepcopy, clone_by_pickle, clone_by_file])
+@pytest.mark.parametrize("clone", [copy.deepcopy, pickled, saved])
 def test_copies_go_on_training(models, clone):
     stock, fused = models
     optimizers = [sgd(stock), sgd(fused)]
