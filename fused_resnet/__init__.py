@@ -12,16 +12,17 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
     from fused_resnet import backends, functional, models, nn, numerics, testing, tuner
     from fused_resnet.fusing.apply import fuse, refresh, unfuse
     from fused_resnet.fusing.lower import lower
+    from fused_resnet.fusing.quantize import quantize
     from fused_resnet.fusing.report import report
     from fused_resnet.fusing.verify import verify
     from fused_resnet.graphs import capture
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "backends", "capture", "functional", "fuse", "lower", "models", "nn", "numerics", "refresh",
-           "report", "testing", "tuner", "unfuse", "verify"]
+__all__ = ["__version__", "backends", "capture", "functional", "fuse", "lower", "models", "nn", "numerics", "quantize",
+           "refresh", "report", "testing", "tuner", "unfuse", "verify"]
 
 _HOMES = {"fuse": "fusing", "report": "fusing", "verify": "fusing", "unfuse": "fusing", "refresh": "fusing",
-          "lower": "fusing.lower", "capture": "graphs"}
+          "lower": "fusing.lower", "quantize": "fusing.quantize", "capture": "graphs"}
 
 if not TYPE_CHECKING:  # else every name would pass
     def __getattr__(name: str) -> Any:

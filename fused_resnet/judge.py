@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fused_resnet import numerics
-from fused_resnet.problem import ConvOperands
+from fused_resnet.problem import ConvOperands, Int8Operands
 
 Reference = Callable[[Any, Any], Any]
 SLACK = 4.0  # a self-check looks for broken kernels: it may meet unlucky data, a bug is off by orders of magnitude
@@ -61,11 +61,13 @@ def widen(operands: Any) -> Any:
 
 def ends(problem: Any, operands: Any, result: Any) -> tuple[Any, Any, Any]:
     """The same for the first and last image, where images do not depend on each other; else as it is."""
-    if not isinstance(operands, ConvOperands) or not isinstance(result, torch.Tensor):
+    if not isinstance(operands, ConvOperands | Int8Operands) or not isinstance(result, torch.Tensor):
         return problem, operands, result
     at = [0, problem.N - 1] if problem.N > 1 else [0]
     images = {name: getattr(operands, name) for name in ("x", "residual")}
     few = operands._replace(**{name: t[at] for name, t in images.items() if t is not None})
+    if isinstance(operands, Int8Operands):
+        return problem._replace(conv=problem.conv._replace(N=len(at))), few, result[at]
     return problem._replace(N=len(at)), few, result[at]
 
 
@@ -76,11 +78,14 @@ def verdict(reference: Reference, problem: Any, operands: Any, result: Any, fold
     """
     try:
         few_problem, few, few_result = ends(problem, operands, result)
-        judged = Judge(reference, few_problem, few)
-        bounds = judged(few_result, folded)
+        if isinstance(operands, Int8Operands):
+            finite, bounds = True, [numerics.check_quantised(few_result, reference(few_problem, few))]
+        else:
+            judged = Judge(reference, few_problem, few)
+            bounds, finite = judged(few_result, folded), judged.finite
     except torch.OutOfMemoryError:
         return None
-    if not judged.finite:
+    if not finite:
         return None
     fine = all(b.error.max <= SLACK * b.max_allowed and b.error.rms <= SLACK * b.rms_allowed
                and b.error.nonfinite_match for b in bounds)

@@ -106,16 +106,45 @@ def check(result: torch.Tensor, stock: torch.Tensor, reference: torch.Tensor, *,
     return Bound(error, own, 2 * own.max + flash_atol(reference, DTYPES[dtype]), 1.1 * own.rms + slack)
 
 
+INT8_NETWORK = 0.25  # of the size of the output: the error of a whole network of 8-bit values
+
+
+def agreement(result: torch.Tensor, reference: torch.Tensor) -> float:
+    """The share of rows of logits [N, classes] whose largest is the same."""
+    return (result.argmax(1) == reference.argmax(1)).double().mean().item()
+
+
 def check_network(result: torch.Tensor, stock: torch.Tensor, reference: torch.Tensor, *, dtype: str) -> Bound:
     """Judges a whole network's outputs: `check` with room for what a deep net makes of each layer's rounding.
 
     A network amplifies the rounding of its first layers, of the fused and of the stock run alike but
     not equally, so each may come out ahead: a factor of 2 in rms and 3 in max around stock's own
     error, and an absolute term for nets so shallow or so lucky that stock's error is next to none.
+
+    int8 is no precision but an approximation, whose error the calibration decides: what is told here from a right
+    network is a wrong one.
     """
     error, own = measure(result, reference), measure(stock, reference)
+    if dtype == "int8":
+        return Bound(error, own, INT8_NETWORK * own.ref_max, INT8_NETWORK * own.ref_rms)
     floor = 32 * EPS[dtype] if dtype in ("fp32", "fp64") else EPS[dtype]
     return Bound(error, own, 3 * own.max + floor * own.ref_max, 2 * own.rms + floor * own.ref_rms)
+
+
+_QUANTISED = 32 * EPS["fp32"]  # a few roundings in fp32 behind exact sums
+
+
+def check_quantised(result: torch.Tensor, reference: torch.Tensor) -> Bound:
+    """Judges a launch on quantised values, whose sums are exact: in uint8 one step where fp32 rounds to either side.
+
+    Args:
+        result: uint8 or fp32.
+        reference: of the family, for the same quantised inputs; in the dtype of `result`.
+    """
+    error, none = measure(result, reference), Error(0.0, 0.0, 1.0, 1.0, True)
+    if result.dtype == torch.uint8:
+        return Bound(error, none, 1.0, 0.1)  # one value in a hundred may be the next one
+    return Bound(error, none, _QUANTISED * error.ref_max, _QUANTISED * error.ref_rms)
 
 
 # How many times stock's error a gradient may be off. fp32 differs by summation order alone, and a channels_last network

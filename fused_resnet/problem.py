@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hardswish")
-ELEMENT_BYTES = {"fp64": 8, "fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}
+ELEMENT_BYTES = {"fp64": 8, "fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "int8": 1, "uint8": 1}
 
 
 class ConvProblem(NamedTuple):
@@ -118,6 +118,78 @@ class ConvOperands(NamedTuple):
     pre_var: Any = None
     eps: float = 1e-5
     pre_eps: float = 1e-5
+    reuse: bool = False  # the result may be written over the residual, which nobody reads again
+
+
+class Int8Problem(NamedTuple):
+    """A convolution of quantised values with what stands around it: the problem of the family `conv_int8`."""
+
+    conv: ConvProblem  # in int8, without groups and prologue
+    residual: str = ""  # dtype of the residual: "", "uint8" or "fp32"
+    out: str = "uint8"  # dtype of the result: "uint8" or "fp32"
+
+    @property
+    def device(self) -> str:
+        return self.conv.device
+
+    @property
+    def dtype(self) -> str:
+        return self.conv.dtype
+
+    @property
+    def N(self) -> int:
+        return self.conv.N
+
+    @property
+    def C(self) -> int:
+        return self.conv.C
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        return self.conv.output_shape
+
+    @property
+    def depth(self) -> int:
+        return self.conv.depth
+
+    @property
+    def flops(self) -> int:
+        return self.conv.flops
+
+    @property
+    def bytes(self) -> int:
+        """Fewest bytes through memory: each input read once, the output written once."""
+        p = self.conv
+        outputs = ELEMENT_BYTES[self.out] + (ELEMENT_BYTES[self.residual] if self.residual else 0)
+        return p.N * p.C * p.H * p.W + p.K * (p.depth + 8) + p.N * p.K * p.P * p.Q * outputs
+
+    @property
+    def layer(self) -> Int8Problem:
+        return self._replace(conv=self.conv.layer)
+
+    @property
+    def id(self) -> str:
+        return "-".join([self.conv.id, *([f"add_{self.residual}"] if self.residual else []), f"to_{self.out}"])
+
+
+class Int8Operands(NamedTuple):
+    """What one launch of the family `conv_int8` reads; the contract stands in `ops.conv_int8`."""
+
+    x: Any  # [N, C, H, W], uint8, channels_last
+    weight: Any  # [K, C, R, S], fp32 in any strides
+    bias: Any = None  # [K], fp32, as are gamma, beta, mean and var
+    gamma: Any = None
+    beta: Any = None
+    mean: Any = None
+    var: Any = None
+    residual: Any = None  # [N, K, P, Q], uint8 or fp32, channels_last
+    eps: float = 1e-5
+    x_scale: float = 1.0  # x stands for (x - x_zero) * x_scale, and so on
+    x_zero: int = 0
+    residual_scale: float = 1.0
+    residual_zero: int = 0
+    y_scale: float = 1.0  # of a result in uint8
+    y_zero: int = 0
     reuse: bool = False  # the result may be written over the residual, which nobody reads again
 
 

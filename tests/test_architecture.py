@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fused_resnet"
 MAX_LINES = 400
 
-LEAVES = {"problem", "numerics", "timing", "judge", "library", "settings"}
+LEAVES = {"problem", "numerics", "int8", "timing", "judge", "library", "settings"}
 BELOW_OPS = LEAVES | {"tuning", "backends", "tuner"}
 BELOW_NN = BELOW_OPS | {"ops", "functional"}
 BELOW_FUSING = BELOW_NN | {"nn", "models", "native"}
@@ -21,6 +21,7 @@ BELOW_BENCH = BELOW_TESTING | {"testing", "graphs"}
 ALLOWED = {
     "problem": set(),
     "numerics": set(),
+    "int8": set(),
     "timing": set(),
     "settings": set(),
     "judge": {"problem", "numerics"},
@@ -29,7 +30,7 @@ ALLOWED = {
     "native": LEAVES,
     "backends": LEAVES | {"tuning", "native"},
     "tuner": LEAVES | {"tuning", "backends"},
-    "kernels": {"problem", "tuning", "numerics", "native"},
+    "kernels": {"problem", "tuning", "numerics", "int8", "native", "settings"},
     "ops": BELOW_OPS,
     "functional": BELOW_OPS | {"ops"},
     "graphs": BELOW_OPS | {"kernels"},

@@ -17,8 +17,9 @@ from torch import nn
 
 from fused_resnet import backends
 from fused_resnet.fusing.apply import NOTES, Notes, plans
+from fused_resnet.fusing.int8_steps import Int8Launch, Int8Plan
 from fused_resnet.fusing.steps import Launch
-from fused_resnet.ops import stem
+from fused_resnet.ops import conv_int8, stem
 from fused_resnet.problem import ConvProblem
 
 if TYPE_CHECKING:
@@ -36,16 +37,18 @@ class Row:
     pattern: str  # such as "conv+norm+add+act"; "+maxpool" where the last call gave it to a kernel; "" when skipped
     status: str  # "fused" | "skipped"
     backend: str  # that ran it last
-    reason: str  # why it was skipped; "" when fused
+    reason: str  # why it was skipped; "" when fused, or in a quantised model why it stays in float
     label: str = ""  # the rule by which the backend was chosen: forced | tuned | shipped | nearest | heuristic
     problem: str = ""  # the id of the problem that the last call gave it
     flops: int = 0  # of that problem
     bytes: int = 0  # the fewest that it moves
+    dtype: str = ""  # "int8" where `quantize` made it a convolution of 8-bit values
 
     @property
     def ran_on(self) -> str:
-        """The backend with the rule that chose it: `cpu (heuristic)`."""
-        return f"{self.backend} ({self.label})" if self.label else self.backend
+        """The backend with the rule that chose it: `cpu (heuristic)`, `cpu int8 (heuristic)`."""
+        where = f"{self.backend} {self.dtype}".strip()
+        return f"{where} ({self.label})" if self.label else where
 
 
 @dataclass
@@ -218,9 +221,11 @@ def report(model: nn.Module | ExportedProgram) -> Report:
         raise ValueError("report() takes a model that fuse() returned")
     attached = plans(model)
     launches: dict[int, Launch] = {}
+    kept: dict[str, str] = {}  # name of a convolution -> why it stays in float
     for plan in reversed(attached.values()):  # the outermost plan has the last word
         if plan.broken is None:
             launches.update({id(getattr(step.conv, "whole", step.conv)): step for step in plan.launches})
+            kept.update(plan.reasons if isinstance(plan, Int8Plan) else {})
     rows, problems = [], {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Conv2d):
@@ -230,7 +235,7 @@ def report(model: nn.Module | ExportedProgram) -> Report:
             rows.append(Row(name, "", "skipped", "", _why(name, notes)))
             continue
         problem = _problem(step)
-        rows.append(_row(name, step, problem))
+        rows.append(_row(name, step, problem, kept.get(step.name, "")))
         if problem is not None:
             problems[problem.id] = problem
     lines = [f"{name or 'the model'} ran stock {count} times: {reason}" for name, plan in attached.items()
@@ -241,18 +246,24 @@ def report(model: nn.Module | ExportedProgram) -> Report:
 
 def _problem(step: Launch) -> ConvProblem | None:
     """What the last call of a launch solved, or None before it."""
+    if isinstance(step, Int8Launch) and step.solved is not None:
+        return step.solved.conv
     problem = step.memo.problem
     return stem.StemProblem(*problem) if problem is not None and step.pooled else problem
 
 
-def _row(name: str, step: Launch, problem: ConvProblem | None) -> Row:
+def _row(name: str, step: Launch, problem: ConvProblem | None, reason: str) -> Row:
+    int8 = step.solved if isinstance(step, Int8Launch) else None
+    dtype = "int8" if isinstance(step, Int8Launch) and (int8 or problem is None) else ""
     if problem is None:
-        return Row(name, step.pattern, "fused", step.backend, "")
+        return Row(name, step.pattern, "fused", step.backend, reason, dtype=dtype)
     label = ""
+    family = conv_int8.FAMILY if int8 else stem.FAMILY if step.pooled else "conv_bn_act"
     with contextlib.suppress(ValueError):  # a backend is forced now that cannot run it
-        choice = backends.choose(stem.FAMILY if step.pooled else "conv_bn_act", problem)
+        choice = backends.choose(family, int8 or problem)  # type: ignore[arg-type]
         label = choice.label if choice.name == step.backend else ""  # else it was chosen under other rules
-    return Row(name, step.pattern, "fused", step.backend, "", label, problem.id, problem.flops, problem.bytes)
+    return Row(name, step.pattern, "fused", step.backend, reason, label, problem.id, problem.flops,
+               (int8 or problem).bytes, dtype)
 
 
 def _why(name: str, notes: Notes) -> str:

@@ -173,6 +173,13 @@ def _vectors(norm: nn.Module) -> tuple:
     return affine.get("weight"), affine.get("bias"), buffers["running_mean"], buffers["running_var"], norm.eps, steps
 
 
+def live(norm: nn.Module | None) -> tuple:
+    """(gamma, beta, mean, var, eps) as they are now; what was folded before training steps is dropped."""
+    vectors = NO_VECTORS if norm is None else _vectors(norm)
+    _notice_training(norm, vectors[5])
+    return vectors[:5]
+
+
 _steps: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
@@ -373,5 +380,5 @@ def planned(forward: Any = None, *, convert: bool = True) -> Any:
 
 
 __all__ = ["ACTIVATIONS", "CONVS", "GRAD", "OLD_HOOKS", "TRAINING", "Memo", "ambient", "as_stock", "blocked",
-           "hooked", "is_frozen", "is_norm", "launch", "norm_blocked", "planned", "pool_blocked", "pooling_blocked",
-           "restore", "run", "settle", "state", "stock", "suggests_channels_last", "survey"]
+           "hooked", "is_frozen", "is_norm", "launch", "live", "norm_blocked", "planned", "pool_blocked",
+           "pooling_blocked", "restore", "run", "settle", "state", "stock", "suggests_channels_last", "survey"]

@@ -6,7 +6,7 @@ Problems are fp32 on the CPU; use `problem._replace(dtype=..., device=..., N=...
 from __future__ import annotations
 
 from fused_resnet.ops.stem import StemProblem
-from fused_resnet.problem import ACTIVATIONS, ConvProblem
+from fused_resnet.problem import ACTIVATIONS, ConvProblem, Int8Problem
 
 
 def conv(c: int, k: int, size: int | tuple[int, int], kernel: int | tuple[int, int] = 3, *, n: int = 2,
@@ -48,6 +48,12 @@ STEMS = [StemProblem(*problem) for problem in (
     conv(4, 8, (7, 30), (5, 3), stride=(1, 2), padding=(0, 3)), conv(1, 24, 8), conv(3, 8, 1, 7, stride=2),
     conv(2, 16, 6, 1, n=1), conv(3, 16, 12, 8, stride=(3, 4), padding=2), conv(3, 8, 9, 7, n=0, stride=2),
     *[conv(3, 8, 9, 7, n=1, stride=2, activation=a) for a in ACTIVATIONS])]
+# Of 8-bit values: every shape of the catalogue that such launches take, with every kind of residual and result.
+INT8 = [Int8Problem(problem._replace(dtype="int8", residual=bool(residual)), residual, out)
+        for problem in dict.fromkeys(
+            p._replace(residual=False) for p in CATALOGUE
+            if p.groups == 1 and not p.prologue and p.activation in ("identity", "relu", "relu6"))
+        for residual in ("", "uint8", "fp32") for out in ("uint8", "fp32")]
 
 
 def resnet_layers(name: str, n: int = 1, size: int = 224) -> list[tuple[ConvProblem, int]]:

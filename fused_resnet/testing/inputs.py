@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from fused_resnet import int8
 from fused_resnet.numerics import DTYPES
 from fused_resnet.ops import conv_bn_act as family
-from fused_resnet.problem import ConvOperands, ConvProblem
+from fused_resnet.problem import ConvOperands, ConvProblem, Int8Operands, Int8Problem
 
 
 def make(problem: ConvProblem, seed: int = 0, device: str | None = None) -> ConvOperands:
@@ -53,6 +54,21 @@ def make(problem: ConvProblem, seed: int = 0, device: str | None = None) -> Conv
     if p.prologue:
         parts |= zip(("pre_gamma", "pre_beta", "pre_mean", "pre_var"), norm(p.C), strict=True)
     return ConvOperands(**parts)
+
+
+def quantised(problem: Int8Problem, seed: int = 0) -> Int8Operands:
+    """Random operands of a convolution of 8-bit values: those of `make`, in scales that cut off a few of them."""
+    o = make(problem.conv._replace(dtype="fp32"), seed)
+    x, r, y = int8.affine(-3.0, 3.5), int8.affine(-2.5, 3.0), int8.affine(-2.0, 4.0)
+    if problem.conv.activation != "identity":
+        x, y = int8.affine(0.0, 3.0), int8.affine(0.0, 4.0)  # as behind and in front of a ReLU
+    residual = o.residual if problem.residual == "fp32" else None
+    if problem.residual == "uint8":
+        residual = int8.quantize(o.residual, r)
+    given = Int8Operands(int8.quantize(o.x, x), *o[1:7], residual, o.eps, *x)
+    if problem.residual == "uint8":
+        given = given._replace(residual_scale=r.scale, residual_zero=r.zero)
+    return given._replace(y_scale=y.scale, y_zero=y.zero) if problem.out == "uint8" else given
 
 
 def arguments(problem: ConvProblem, o: ConvOperands) -> tuple:
