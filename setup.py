@@ -31,10 +31,10 @@ CPP = f"{STABLE} -O2 {HOST} -Wall -Wextra"
 # No flag of -ffast-math that changes a result.
 LOOPS = f"-std=c++20 -O3 {HOST} -fno-math-errno -fno-trapping-math -Wall -Wextra -I{CSRC}"
 ISAS = {"baseline": ""} if platform.machine() != "x86_64" else {
-    "baseline": "", "avx2": "-march=x86-64-v3", "avx512": "-march=x86-64-v4 -mprefer-vector-width=512"}
+    "baseline": "", "avx2": "-march=x86-64-v3", "avx512": (wide := "-march=x86-64-v4 -mprefer-vector-width=512"),
+    "avx512dot": f"{wide} -mavx512bf16 -mavx512vnni"}
 NVCC = f"{STABLE} -O3 -DUSE_CUDA -Xcompiler {HOST.replace(' ', ',')} --threads 2"
-SOURCES = {"cpu": [CSRC / "schemas.cpp", *sorted({*CSRC.glob("cpu/*.cpp")} - {CSRC / "cpu/loops.cpp"})],
-           "cuda": sorted(CSRC.glob("cuda/*.cu"))}
+SOURCES = {"cpu": [CSRC / "schemas.cpp", *sorted(CSRC.glob("cpu/*.cpp"))], "cuda": sorted(CSRC.glob("cuda/*.cu"))}
 PACKAGE = util.find_spec("cutlass_library")
 CUTLASS = os.environ.get("FUSED_RESNET_CUTLASS") or (PACKAGE and f"{Path(PACKAGE.origin).parent}/source/include")
 SM90 = None if CUTLASS and "90a" in ARCHS else "nvidia-cutlass was not found while building, or 90a is no target"
@@ -75,8 +75,8 @@ def write_ninja(part, out, work):
                for source in SOURCES[part] if SM90 is None or source.name not in own]
     link = "-L$torch/lib -ltorch_cpu"
     if part == "cpu":
-        objects += [edge(f"loops.{isa}.o", "cpp", CSRC / "cpu/loops.cpp", f"{LOOPS} -DFR_ISA={isa} {flags}")
-                    for isa, flags in ISAS.items()]
+        objects += [edge(f"{source.stem}.{isa}.o", "cpp", source, f"{LOOPS} -DFR_ISA={isa} {flags}")
+                    for isa, flags in ISAS.items() for source in sorted(CSRC.glob("cpu/isa/*.cpp"))]
     else:  # torch's own CUDA library need not be there: the stub has its name and the three symbols that are needed
         stub = edge("stub.o", "cpp", CSRC / "cuda/stub.c", "-x c -fPIC")
         objects.append(edge("libtorch_cuda.so", "link", stub, "-Wl,-soname,libtorch_cuda.so"))

@@ -19,6 +19,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet, m) {
       "Tensor? residual, Tensor? pre_gamma, Tensor? pre_beta, Tensor? pre_mean, Tensor? pre_var, float eps, "
       "float pre_eps, str activation, str prologue, int[2] stride, int[2] padding, int[2] dilation, int groups, "
       "int tile=-1) -> Tensor");
+  // conv_bn_act on the CPU in two halves. Packed weights serve one method ("direct", "winograd2", "winograd4": F(m x m,
+  // 3 x 3)) on one kind of processor; y may be the residual.
+  m.def(
+      "_conv_pack(Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var, float eps, "
+      "int[2] dilation, int groups, str method, str isa='') -> Tensor");
+  m.def(
+      "_conv_packed(Tensor(a!) y, Tensor x, Tensor pack, Tensor? residual, int[2] kernel, int[2] stride, "
+      "int[2] padding, int[2] dilation, int groups, str activation, str method) -> ()");
   m.def(
       "_stem(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var, float eps, "
       "str activation, int[2] stride, int[2] padding) -> Tensor");

@@ -257,7 +257,13 @@ def _order(family: str, problem: ConvProblem, wanted: str | None) -> Iterator[Wa
         if wanted in (None, name):
             yield name, tile, "forced" if wanted else label
     for name in (wanted,) if wanted else HEURISTIC.get(problem.device, ("reference",)):
-        yield name, None, "forced" if wanted else "heuristic"
+        yield name, _default(family, name, problem), "forced" if wanted else "heuristic"
+
+
+def _default(family: str, name: str, problem: ConvProblem) -> dict[str, Any] | None:
+    """The tile of a kernel's own rule, where the kernel can name it."""
+    able = name != "reference" and _inability(family, name, problem) is None
+    return _kernel(family, name).default(problem) if able and hasattr(_kernel(family, name), "default") else None
 
 
 def _measured(family: str, problem: ConvProblem) -> Iterator[Way]:

@@ -137,6 +137,11 @@ def _fake_conv_bn_act(x, weight, *rest, tile=-1):
     return _image(x, x.shape[0], weight.shape[0], *_output_size(x, weight, stride, padding, dilation))
 
 
+def _fake_conv_pack(weight, *rest, isa=""):
+    bytes_ = torch.library.get_ctx().new_dynamic_size()  # as wide as the processor's vectors want it
+    return torch.empty(bytes_, dtype=torch.uint8, device=weight.device)
+
+
 def _fake_stem(x, weight, *rest):
     p, q = _output_size(x, weight, *rest[-2:])
     return _image(x, x.shape[0], weight.shape[0], (p + 1) // 2, (q + 1) // 2)
@@ -149,4 +154,5 @@ def _fake_bn_finalise(means, *rest):
 FAKES: dict[str, Callable[..., Any]] = {
     "_bn_act": _fake_bn_act, "_bn_act_sums": _fake_bn_act_sums, "_bn_act_grad": _fake_bn_act_grad,
     "_conv_bn_act": _fake_conv_bn_act, "_stem": _fake_stem,
+    "_conv_pack": _fake_conv_pack, "_conv_packed": lambda y, *rest: None,
     "_bn_finalise": _fake_bn_finalise}

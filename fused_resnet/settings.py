@@ -4,6 +4,7 @@
     FUSED_RESNET_DISABLE=1       run stock forwards everywhere
     FUSED_RESNET_SELF_CHECK      first (default) | always | off
     FUSED_RESNET_CACHE_DIR       where verdicts and tuned rows are kept (default ~/.cache/fused_resnet)
+    FUSED_RESNET_WINOGRAD=0      no convolution by Winograd's algorithm
     FUSED_RESNET_SKIP_LOADING=1  leave the native library alone
 """
 

@@ -158,12 +158,10 @@ inline int32_t narrow_size(int64_t size, const char* name) {
   return static_cast<int32_t>(size);
 }
 
-// The sizes of a convolution, checked against each other.
-inline ConvShape conv_shape(const Tensor& x, const Tensor& weight, const Sizes& stride, const Sizes& padding,
+// The sizes of a convolution of x with K filters of kernel R x S and `channels` each, checked against each other.
+inline ConvShape conv_sizes(const Tensor& x, const Sizes& filters, const Sizes& stride, const Sizes& padding,
                             const Sizes& dilation, int64_t groups) {
-  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4, "x and weight must have four dimensions");
-  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type() && same_device(weight, x),
-                  "weight must have the dtype and device of x");
+  STD_TORCH_CHECK(x.dim() == 4 && filters.size() == 4, "x and weight must have four dimensions");
   for (const Sizes* pair : {&stride, &padding, &dilation}) {
     STD_TORCH_CHECK(pair->size() == 2, "stride, padding and dilation are pairs");
   }
@@ -172,9 +170,9 @@ inline ConvShape conv_shape(const Tensor& x, const Tensor& weight, const Sizes& 
               at(x.size(2)),
               at(x.size(3)),
               at(x.size(1)),
-              at(weight.size(0)),
-              at(weight.size(2)),
-              at(weight.size(3)),
+              at(filters[0]),
+              at(filters[2]),
+              at(filters[3]),
               0,
               0,
               at(stride[0]),
@@ -186,13 +184,30 @@ inline ConvShape conv_shape(const Tensor& x, const Tensor& weight, const Sizes& 
               at(groups)};
   STD_TORCH_CHECK(s.stride_h > 0 && s.stride_w > 0 && s.dilation_h > 0 && s.dilation_w > 0 && s.groups > 0,
                   "stride, dilation and groups must be positive");
-  STD_TORCH_CHECK(weight.size(1) * groups == s.C && s.K % s.groups == 0, "weight does not fit x and groups");
+  STD_TORCH_CHECK(filters[1] * groups == s.C && s.K % s.groups == 0, "weight does not fit x and groups");
   const int64_t high = s.H + 2 * int64_t{s.pad_h} - s.dilation_h * (s.R - int64_t{1}) - 1;
   const int64_t wide = s.W + 2 * int64_t{s.pad_w} - s.dilation_w * (s.S - int64_t{1}) - 1;
   STD_TORCH_CHECK(high >= 0 && wide >= 0, "the kernel is larger than the padded image");
   s.P = at(high / s.stride_h + 1);
   s.Q = at(wide / s.stride_w + 1);
   return s;
+}
+
+inline ConvShape conv_shape(const Tensor& x, const Tensor& weight, const Sizes& stride, const Sizes& padding,
+                            const Sizes& dilation, int64_t groups) {
+  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type() && same_device(weight, x),
+                  "weight must have the dtype and device of x");
+  Sizes filters;
+  for (int64_t d = 0; d < weight.dim(); ++d) filters.push_back(weight.size(d));
+  return conv_sizes(x, filters, stride, padding, dilation, groups);
+}
+
+// An image of the output's size, with the dtype and device of x.
+inline void check_result(const Tensor& y, const ConvShape& s, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(is_channels_last(y), name, " must be dense in channels_last memory");
+  STD_TORCH_CHECK(y.size(0) == s.N && y.size(1) == s.K && y.size(2) == s.P && y.size(3) == s.Q &&
+                      y.scalar_type() == x.scalar_type() && same_device(y, x),
+                  name, " must have the shape of the output, and the dtype and device of x");
 }
 
 // The norms behind and in front of a convolution, and its bias.

@@ -67,15 +67,6 @@ Tensor convolve(const ConvShape& s, const ConvCall& o) {
   return y;
 }
 
-void check_residual(const Maybe& residual, const ConvShape& s, const Tensor& x) {
-  if (!residual.has_value()) return;
-  STD_TORCH_CHECK(is_channels_last(*residual), "residual must be dense in channels_last memory");
-  STD_TORCH_CHECK(residual->size(0) == s.N && residual->size(1) == s.K && residual->size(2) == s.P &&
-                      residual->size(3) == s.Q && residual->scalar_type() == x.scalar_type() &&
-                      same_device(*residual, x),
-                  "residual must have the shape of the output, and the dtype and device of x");
-}
-
 Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const Maybe& bias, const Maybe& gamma, const Maybe& beta,
                    const Maybe& mean, const Maybe& var, const Maybe& residual, const Maybe& pre_gamma,
                    const Maybe& pre_beta, const Maybe& pre_mean, const Maybe& pre_var, double eps, double pre_eps,
@@ -84,7 +75,7 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const Maybe& bias, con
   STD_TORCH_CHECK(tile == kNoTile, "tile = ", tile, ", but the CPU's kernel has no tiles");
   const ConvShape s = conv_shape(x, weight, stride, padding, dilation, groups);
   check_conv_norms(x, s, bias, gamma, beta, mean, var, pre_gamma, pre_beta, pre_mean, pre_var, prologue);
-  check_residual(residual, s, x);
+  if (residual.has_value()) check_result(*residual, s, x, "residual");
   return convolve(s, {x,        weight,  bias, gamma,   beta,       mean,     var,    residual, pre_gamma, pre_beta,
                       pre_mean, pre_var, eps,  pre_eps, activation, prologue, stride, padding,  dilation,  groups});
 }

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "cpu/convs.h"
 #include "cpu/loops.h"
 
 namespace fused_resnet {
@@ -22,6 +23,28 @@ const Loops<T>& loops() {
     return baseline::loops<T>();
   }();
   return chosen;
+}
+
+// The convolutions of every instruction set that the library was built for and the processor has, the widest first.
+template <class T>
+const std::vector<Convs<T>>& convs() {
+  static const std::vector<Convs<T>> found = [] {
+    std::vector<Convs<T>> sets;
+#if defined(FR_HAS_AVX512DOT)
+    if (__builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16") &&
+        __builtin_cpu_supports("avx512vnni"))
+      sets.push_back(avx512dot::convs<T>());
+#endif
+#if defined(FR_HAS_AVX512)
+    if (__builtin_cpu_supports("x86-64-v4")) sets.push_back(avx512::convs<T>());
+#endif
+#if defined(FR_HAS_AVX2)
+    if (__builtin_cpu_supports("x86-64-v3")) sets.push_back(avx2::convs<T>());
+#endif
+    sets.push_back(baseline::convs<T>());
+    return sets;
+  }();
+  return found;
 }
 
 // A vector of any floating dtype in the accumulator's type; `absent` where there is none.

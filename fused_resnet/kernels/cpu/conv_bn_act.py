@@ -1,91 +1,77 @@
-"""conv + BN + residual + activation on oneDNN: `mkldnn::_convolution_pointwise`, the op Inductor emits.
+"""conv + BN + residual + activation on the CPU: oneDNN's convolutions through PyTorch or our own, the faster ones.
 
-The norm is folded into weights that are reordered once into oneDNN's blocked format, so that no call
-does it again. A prologue runs as one pass of its own in front of the fused convolution: oneDNN has
-none.
+A tile names the kernel: "onednn", or a method of `packed`. `default` says which one runs what nobody has tuned. None
+has a prologue, which runs as one pass of its own in front.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
-from fused_resnet.kernels.folding import fold, sources
-from fused_resnet.kernels.packing import packed
+from fused_resnet.kernels.cpu import onednn, packed
+from fused_resnet.kernels.packing import packed as kept
 from fused_resnet.problem import ConvOperands, ConvProblem
-
-# activation -> (oneDNN name, scalars) after a plain convolution
-_UNARY: dict[str, tuple[str, list[float]]] = {
-    "identity": ("none", []), "relu": ("relu", []), "relu6": ("hardtanh", [0.0, 6.0]), "silu": ("swish", []),
-    "hardswish": ("hardswish", [])}
-_BINARY = {"relu": "relu"}  # after the residual add; other activations follow in place
 
 FOLDED = True
 
 
+@dataclass(frozen=True)
+class Tile:
+    """Who computes the convolution."""
+
+    kernel: str
+
+
 def refuse(problem: ConvProblem) -> str | None:
-    """Why oneDNN cannot run `problem`, or None."""
+    """Why no kernel here can run `problem`, or None."""
     if problem.device != "cpu":
         return f"runs on the CPU, the tensors are on {problem.device}"
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
-        return "this build of PyTorch has no oneDNN, or it is switched off"
-    if problem.dtype == "fp64":
-        return "oneDNN has no fp64 convolution"
-    if problem.dtype == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "this CPU has no bf16 that oneDNN uses (needs AVX-512 or AVX-NE-CONVERT)"
-    if problem.dtype == "fp16" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        return "this CPU has no fp16 that oneDNN uses (needs AVX512-FP16 or AVX-NE-CONVERT)"
     if problem.prologue and not (problem.norm or problem.residual or problem.activation != "identity"):
-        return "oneDNN has no prologue, and nothing follows the convolution"
-    return None
+        return "no kernel for the CPU has a prologue, and nothing follows the convolution"
+    return None if candidates(problem) else onednn.refuse(problem)
 
 
 def needs_finite(problem: ConvProblem) -> bool:
-    """oneDNN clips with max(x, 0), which turns NaN into 0: such problems need finite operands."""
-    return problem.activation in ("relu", "relu6")
+    """oneDNN clips with max(x, 0), which turns NaN into 0; Winograd's sums carry NaN to neighbouring pixels."""
+    return onednn.needs_finite(problem) or any(packed.refuse(problem, name) is None for name in packed.WINOGRAD)
 
 
-def forward(problem: ConvProblem, o: ConvOperands) -> torch.Tensor:
-    """One launch; a prologue adds a pass. Returns NotImplemented where folded weights are not finite."""
-    if problem.prologue and needs_finite(problem) and not packed(("finite", o.pre_eps), o[8:12], lambda: _steady(o)):
+def candidates(problem: ConvProblem) -> list[Tile]:
+    """The kernels that can run `problem`, oneDNN first."""
+    own = [Tile(name) for name in packed.METHODS if packed.refuse(problem, name) is None]
+    return [*([Tile("onednn")] if onednn.refuse(problem) is None else []), *own]
+
+
+def default(problem: ConvProblem) -> dict[str, Any]:
+    """The tile that runs `problem` without a measured row."""
+    return asdict(Tile(_default(problem)))
+
+
+def _default(p: ConvProblem) -> str:
+    able = [tile.kernel for tile in candidates(p)]
+    if "winograd4" in able:
+        return "winograd4"
+    return able[0]
+
+
+def with_tile(tile: dict[str, Any]) -> Callable[[ConvProblem, ConvOperands], torch.Tensor]:
+    """`forward` by the kernel of a row."""
+    return functools.partial(forward, tile=Tile(**tile))
+
+
+def forward(problem: ConvProblem, o: ConvOperands, tile: Tile | None = None) -> torch.Tensor:
+    """One launch; a prologue adds a pass. Returns NotImplemented where weights that are folded are not finite."""
+    if problem.prologue and needs_finite(problem) and not kept(("finite", o.pre_eps), o[8:12], lambda: _steady(o)):
         return NotImplemented
     x = o.x if not problem.prologue else _prologue(problem, o)
-    pack = packed(("onednn", x.dtype, problem.stride, problem.padding, problem.dilation, o.eps), sources(o),
-                  lambda: _pack(problem, o))
-    if pack is None:
-        return NotImplemented
-    weight, bias = pack
-    if problem.residual:
-        return _added(problem, o, x, weight, bias)
-    name, scalars = _UNARY[problem.activation]
-    return torch.ops.mkldnn._convolution_pointwise.default(
-        x, weight, bias, problem.padding, problem.stride, problem.dilation, problem.groups, name, scalars, "")
-
-
-def _added(problem: ConvProblem, o: ConvOperands, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-           ) -> torch.Tensor:
-    """The convolution and its residual in one launch, and an activation that oneDNN has none of after a sum."""
-    relu = _BINARY.get(problem.activation)
-    if o.reuse:  # a sum into the residual: 0.77x the time of a third buffer at 56x56, batch 8
-        out = torch.ops.mkldnn._convolution_pointwise_.binary(
-            o.residual, x, weight, bias, problem.padding, problem.stride, problem.dilation, problem.groups,
-            "add", 1.0, relu, [], "")
-    else:
-        out = torch.ops.mkldnn._convolution_pointwise.binary(
-            x, o.residual, weight, bias, problem.padding, problem.stride, problem.dilation, problem.groups,
-            "add", None, relu, [], "")
-    return ACTIVATE["identity" if relu else problem.activation](out)
-
-
-def _pack(problem: ConvProblem, o: ConvOperands) -> tuple | None:
-    with torch.inference_mode(False), torch.no_grad():
-        weight, bias = fold(o, o.x.dtype)
-        if not all(bool(torch.isfinite(t).all()) for t in (weight, bias) if t is not None):
-            return None
-        blocked = torch.ops.mkldnn._reorder_convolution_weight(
-            weight.contiguous(), problem.padding, problem.stride, problem.dilation, problem.groups,
-            list(o.x.shape))  # one format serves every batch and image size (measured)
-        return blocked, bias
+    kernel = tile.kernel if tile is not None else _default(problem)
+    return onednn.forward(problem, o, x) if kernel == "onednn" else packed.forward(problem, o, x, kernel)
 
 
 def _steady(o: ConvOperands) -> bool:
@@ -96,8 +82,4 @@ def _steady(o: ConvOperands) -> bool:
 
 def _prologue(problem: ConvProblem, o: ConvOperands) -> torch.Tensor:
     x = F.batch_norm(o.x, o.pre_mean, o.pre_var, o.pre_gamma, o.pre_beta, False, 0.0, o.pre_eps)
-    return ACTIVATE[problem.prologue](x)
-
-
-ACTIVATE = {"identity": lambda x: x, "relu": torch.relu_, "relu6": lambda x: F.relu6(x, True),
-            "silu": lambda x: F.silu(x, True), "hardswish": lambda x: F.hardswish(x, True)}
+    return onednn.ACTIVATE[problem.prologue](x)

@@ -1,0 +1,291 @@
+// Family conv_bn_act on the CPU by our own kernels, with weights that are packed once: _conv_pack and _conv_packed.
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "cpu/pick.h"
+#include "cpu/winograd_tiles.h"
+
+namespace fused_resnet {
+namespace {
+
+enum class Method : int64_t { direct, winograd2, winograd4 };
+
+Method method_of(const std::string& name) {
+  constexpr const char* kNames[] = {"direct", "winograd2", "winograd4"};
+  for (int i = 0; i < 3; ++i) {
+    if (name == kNames[i]) return static_cast<Method>(i);
+  }
+  STD_TORCH_CHECK(false, "unknown method '", name, "'");
+}
+
+int pixels_of(Method method) {
+  return method == Method::winograd4 ? 4 : 2;
+}
+
+// The first 64 bytes of packed weights: what they were packed for.
+struct Header {
+  int64_t method, bytes, isa, K, C, R, S, groups;
+
+  bool operator==(const Header&) const = default;
+};
+
+constexpr int64_t kHeader = sizeof(Header);
+static_assert(kHeader == 64);
+
+template <class T>
+Header header_of(const ConvShape& s, Method method, int64_t isa) {
+  return {static_cast<int64_t>(method), sizeof(T), isa, s.K, s.C, s.R, s.S, s.groups};
+}
+
+// Place of an instruction set among those that can run here; "" stands for the widest.
+template <class T>
+int64_t isa_of(const std::string& name) {
+  const std::vector<Convs<T>>& sets = convs<T>();
+  for (size_t i = 0; i < sets.size(); ++i) {
+    if (name.empty() || name == sets[i].isa) return static_cast<int64_t>(i);
+  }
+  STD_TORCH_CHECK(false, "this processor or this build has no '", name, "'");
+}
+
+int64_t padded(int64_t size, int64_t step) {
+  return ceil_div(size, step) * step;
+}
+
+template <class T>
+int64_t weight_words(const ConvShape& s, Method method, int64_t lanes) {
+  const int64_t filters = s.groups * padded(s.K / s.groups, lanes);
+  if (method != Method::direct) {
+    const int64_t n = pixels_of(method) + 2;
+    return n * n * s.C * filters;
+  }
+  const Segments seg = segments_of<T>(s);
+  return int64_t{seg.count} * seg.words * filters;
+}
+
+// weight [K, C / groups, R, S] -> for each group and panel [depth][filters], see convs.h.
+template <class T>
+void pack_direct(const ConvShape& s, int64_t lanes, const T* weight, T* out) {
+  const Segments seg = segments_of<T>(s);
+  const int64_t per_word = 4 / sizeof(T), channels = s.C / s.groups;
+  const int64_t filters = s.K / s.groups, rows = padded(filters, lanes), depth = int64_t{seg.count} * seg.words;
+  const int64_t elements = channels * s.R * s.S;
+  for (int64_t k = 0; k < s.K; ++k) {
+    const int64_t column = k % filters, panel = column / (2 * lanes) * 2 * lanes;
+    const int64_t width = std::min(rows - panel, 2 * lanes);
+    T* to = out + (depth * (k / filters * rows + panel) + column - panel) * per_word;
+    for (int64_t e = 0; e < elements; ++e) {
+      const int64_t c = e / (s.R * s.S), cell = e % (s.R * s.S);
+      const int64_t place = cell * channels + c, within = place % seg.elements;
+      const int64_t word = place / seg.elements * seg.words + within / per_word;
+      to[word * width * per_word + within % per_word] = weight[k * elements + e];
+    }
+  }
+}
+
+template <class T>
+void pack_winograd(const ConvShape& s, int64_t lanes, int m, const T* weight, float* out) {
+  const int64_t positions = (m + 2) * (m + 2);
+  double points[6][3];
+  winograd_points(m, points);
+  torch::stable::parallel_for(0, s.K, 1, [&](int64_t first, int64_t last) {
+    for (int64_t k = first; k < last; ++k) {
+      const int64_t panel = k / (2 * lanes) * 2 * lanes, width = std::min<int64_t>(s.K - panel, 2 * lanes);
+      for (int64_t c = 0; c < s.C; ++c) {
+        float kernel[9], u[6][6];
+        for (int i = 0; i < 9; ++i) kernel[i] = widen(weight[(k * s.C + c) * 9 + i]);
+        winograd_weight(m, points, kernel, u);
+        for (int64_t at = 0; at < positions; ++at)
+          out[(positions * panel + at * width) * s.C + c * width + k - panel] = u[at / (m + 2)][at % (m + 2)];
+      }
+    }
+  });
+}
+
+const uint8_t* check_pack(const Tensor& pack) {
+  STD_TORCH_CHECK(pack.scalar_type() == ScalarType::Byte && pack.is_contiguous() && pack.numel() > kHeader,
+                  "pack must be what _conv_pack returned");
+  return data<uint8_t>(pack);
+}
+
+// What Winograd's algorithm asks of a convolution.
+void check_winograd(const ConvShape& s, int lanes) {
+  STD_TORCH_CHECK(s.R == 3 && s.S == 3 && s.groups == 1 && s.C % lanes == 0 && s.K % lanes == 0,
+                  "Winograd's algorithm takes 3x3 kernels without groups, and channels in multiples of ", lanes);
+}
+
+Tensor conv_pack(const Tensor& given, const Maybe& bias, const Maybe& gamma, const Maybe& beta, const Maybe& mean,
+                 const Maybe& var, double eps, const Sizes& dilation, int64_t groups, const std::string& name,
+                 const std::string& isa) {
+  STD_TORCH_CHECK(given.dim() == 4 && groups > 0 && given.size(0) % groups == 0,
+                  "weight must be [K, C / groups, R, S]");
+  const Tensor weight = torch::stable::contiguous(given);
+  const Method method = method_of(name);
+  ConvShape s{};
+  s.K = static_cast<int32_t>(weight.size(0));
+  s.C = static_cast<int32_t>(weight.size(1) * groups);
+  s.R = static_cast<int32_t>(weight.size(2));
+  s.S = static_cast<int32_t>(weight.size(3));
+  s.groups = static_cast<int32_t>(groups);
+  s.dilation_h = static_cast<int32_t>(dilation[0]);
+  s.dilation_w = static_cast<int32_t>(dilation[1]);
+  check_vector(bias, s.K, weight, "bias");
+  check_norm(weight, s.K, gamma, beta, mean, var);
+  const NormVectors<float> norm(s.K, gamma, beta, mean, var, var.has_value() ? eps : 0);
+  const std::vector<float> own = channels<float>(bias, s.K, 0);
+  Tensor pack;
+  by_dtype(weight, [&](auto element) {
+    using T = decltype(element);
+    if constexpr (std::is_same_v<T, float> || std::is_same_v<T, bf16>) {
+      const int64_t set = isa_of<T>(isa), lanes = convs<T>()[set].lanes, vector = padded(s.K, 16);
+      const int64_t bytes = kHeader + 8 * vector + 4 * weight_words<T>(s, method, lanes);
+      pack = make({bytes}, ScalarType::Byte, weight);
+      auto* start = data_out<uint8_t>(pack);
+      memset(start, 0, static_cast<size_t>(bytes));
+      const Header header = header_of<T>(s, method, set);
+      memcpy(start, &header, kHeader);
+      auto* scale = reinterpret_cast<float*>(start + kHeader);
+      float *shift = scale + vector, *words = shift + vector;
+      for (int64_t k = 0; k < s.K; ++k) {
+        scale[k] = norm.scale[k];
+        shift[k] = (own[k] - norm.mean[k]) * norm.scale[k] + norm.shift[k];
+      }
+      if (method == Method::direct) {
+        pack_direct<T>(s, lanes, data<T>(weight), reinterpret_cast<T*>(words));
+      } else {
+        check_winograd(s, static_cast<int>(lanes));
+        pack_winograd<T>(s, lanes, pixels_of(method), data<T>(weight), words);
+      }
+    } else {
+      STD_TORCH_CHECK(false, "our kernels on the CPU compute fp32 and bf16");
+    }
+  });
+  return pack;
+}
+
+// A thread's room for patches and sums, kept between launches.
+void* scratch(int64_t bytes) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<void, Free> room;
+  thread_local int64_t size = 0;
+  if (size < bytes) {
+    room.reset();
+    size = padded(bytes, 4096);
+    room.reset(std::aligned_alloc(64, static_cast<size_t>(size)));
+    if (room == nullptr) size = 0;
+    STD_TORCH_CHECK(room != nullptr, "not enough memory: ", bytes, " bytes");
+  }
+  return room.get();
+}
+
+// A grid of rows x panels, of which every thread takes a run.
+struct Grid {
+  int64_t rows, panels;        // in all
+  int64_t row_parts, columns;  // parts in each direction
+
+  int64_t size() const { return row_parts * columns; }
+  Part operator[](int64_t i) const {
+    const int64_t r = i / columns, c = i % columns;
+    return {rows * r / row_parts, rows * (r + 1) / row_parts, panels * c / columns, panels * (c + 1) / columns};
+  }
+};
+
+// Blocks of at most `most` rows; where those would be too few for the threads, or thinner than `least`, panels are
+// divided, so that threads share the rows and each reads its own weights.
+Grid grid_of(int64_t rows, int64_t panels, int64_t most, int64_t least) {
+  const int64_t threads = torch::stable::get_num_threads(), blocks = ceil_div(rows, most);
+  const int64_t even = padded(blocks, threads);
+  if (rows / even >= least) return {rows, panels, even, 1};
+  return {rows, panels, blocks, std::min(panels, ceil_div(threads, blocks))};
+}
+
+template <class F>
+void run_parts(const Grid& grid, const F& f) {
+  torch::stable::parallel_for(0, grid.size(), 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) f(grid[i]);
+  });
+}
+
+template <class T>
+void run_direct(const ConvRun<T>& c, const Convs<T>& own) {
+  const ConvShape& s = c.shape;
+  const int64_t panels = s.groups * ceil_div<int64_t>(s.K / s.groups, 2 * own.lanes);
+  Grid grid = grid_of(pixels(s), panels, 8 * own.rows, 4 * own.rows);
+  // Unfinished sums of one part stay in the second cache.
+  grid.columns = std::max(grid.columns, ceil_div<int64_t>(panels, 16));
+  run_parts(grid, [&](const Part& part) { own.direct(c, part, scratch(own.direct_scratch(s, part))); });
+}
+
+template <class T>
+void run_winograd(const ConvRun<T>& c, const Convs<T>& own, int m, const Tensor& x) {
+  const ConvShape& s = c.shape;
+  const int64_t tiles = winograd_tiles(s, m).count, panels = ceil_div<int64_t>(s.K, 2 * own.lanes);
+  const int64_t threads = torch::stable::get_num_threads();
+  if (tiles >= 2 * own.rows * threads && s.C <= 256) {
+    const Grid grid = grid_of(tiles, panels, (s.C > 128 ? 1 : 2) * own.rows, 1);
+    run_parts(grid, [&](const Part& part) {
+      own.winograd(c, m, part, nullptr, scratch(own.winograd_scratch(s, m, part, false)));
+    });
+    return;
+  }
+  Tensor shared = make({(m + 2) * (m + 2) * winograd_chunks(s) * kChunk * tiles + 16}, ScalarType::Float, x);
+  auto* v = reinterpret_cast<float*>(padded(reinterpret_cast<int64_t>(data_out<float>(shared)), 64));
+  torch::stable::parallel_for(0, tiles, 1,
+                              [&](int64_t first, int64_t last) { own.winograd_input(c, m, first, last, v); });
+  const Grid grid{tiles, panels, ceil_div<int64_t>(tiles, 4 * own.rows), std::min(panels, threads)};
+  run_parts(grid,
+            [&](const Part& part) { own.winograd(c, m, part, v, scratch(own.winograd_scratch(s, m, part, true))); });
+}
+
+void conv_packed(Tensor y, const Tensor& x, const Tensor& pack, const Maybe& residual, const Sizes& kernel,
+                 const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
+                 const std::string& activation, const std::string& name) {
+  check_image(x, x, "x");
+  const Method method = method_of(name);
+  STD_TORCH_CHECK(kernel.size() == 2 && groups > 0, "the kernel is a pair, groups are positive");
+  const ConvShape s =
+      conv_sizes(x, {y.size(1), x.size(1) / groups, kernel[0], kernel[1]}, stride, padding, dilation, groups);
+  check_result(y, s, x, "y");
+  if (residual.has_value()) check_result(*residual, s, x, "residual");
+  by_dtype(x, [&](auto element) {
+    using T = decltype(element);
+    if constexpr (std::is_same_v<T, float> || std::is_same_v<T, bf16>) {
+      const Header header = *reinterpret_cast<const Header*>(check_pack(pack));
+      const bool known = header.isa >= 0 && header.isa < static_cast<int64_t>(convs<T>().size());
+      STD_TORCH_CHECK(known && header == header_of<T>(s, method, header.isa),
+                      "the weights were packed for another convolution, method or processor");
+      const Convs<T>& own = convs<T>()[header.isa];
+      const int64_t vector = padded(s.K, 16);
+      STD_TORCH_CHECK(pack.numel() == kHeader + 8 * vector + 4 * weight_words<T>(s, method, own.lanes),
+                      "the packed weights are not whole");
+      const auto* start = data<uint8_t>(pack);
+      const auto* scale = reinterpret_cast<const float*>(start + kHeader);
+      const ConvRun<T> run{s,
+                           data<T>(x),
+                           data<T>(residual),
+                           data_out<T>(y),
+                           reinterpret_cast<const uint32_t*>(scale + 2 * vector),
+                           scale,
+                           scale + vector,
+                           activation_of(activation)};
+      STD_TORCH_CHECK(method == Method::direct || s.stride_h * s.stride_w * s.dilation_h * s.dilation_w == 1,
+                      "Winograd's algorithm takes neither strides nor dilation");
+      if (pixels(s) * s.K == 0) return;
+      method == Method::direct ? run_direct<T>(run, own) : run_winograd<T>(run, own, pixels_of(method), x);
+    } else {
+      STD_TORCH_CHECK(false, "our kernels on the CPU compute fp32 and bf16");
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fused_resnet
+
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
+  m.impl("_conv_pack", TORCH_BOX(&fused_resnet::conv_pack));
+  m.impl("_conv_packed", TORCH_BOX(&fused_resnet::conv_packed));
+}

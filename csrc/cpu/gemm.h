@@ -1,0 +1,157 @@
+// The product under every convolution on the CPU: sums[rows, columns] += a[rows, depth] * b[depth, columns].
+//
+// Depth is counted in words of 32 bits: one float, or two bf16 whose products are added at once. `a` lies in chunks
+// [depth / kChunk][rows][kChunk], so that one pointer and constants reach every row of a tile; `b` in panels
+// [depth][columns] of one or two vectors. A tile of kRows x 2 vectors of sums stays in registers over the whole depth:
+// two loads of b and kRows broadcasts feed 2 * kRows multiply-adds.
+#pragma once
+
+#include "cpu/convs.h"
+#include "cpu/simd.h"
+
+namespace fused_resnet {
+namespace FR_ISA {
+namespace {
+
+constexpr int kRows = (kRegisters - 4) / 2;  // 2 * kRows sums, two vectors of b, one broadcast: one register is left
+constexpr int kPanel = 2 * kLanes;
+
+template <class T>
+struct Word;
+
+template <>
+struct Word<float> {
+  static FR_INLINE Floats multiply_add(const uint32_t* a, Words b, Floats sum) {
+    return sum + float_of_bits(*a) * reinterpret_cast<Floats>(b);
+  }
+};
+
+template <>
+struct Word<bf16> {
+  static FR_INLINE Floats multiply_add(const uint32_t* a, Words b, Floats sum) {
+#if defined(__AVX512BF16__)
+    const __m512i pair = _mm512_set1_epi32(static_cast<int>(*a));
+    return reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(pair),
+                                                     reinterpret_cast<__m512bh>(b)));
+#else
+    sum += float_of_bits(*a << 16) * reinterpret_cast<Floats>(b << 16);
+    return sum + float_of_bits(*a & 0xffff0000u) * reinterpret_cast<Floats>(b & 0xffff0000u);
+#endif
+  }
+};
+
+// What happens to finished sums: y = clamp(sum * scale + shift + residual), rounded once.
+template <class T>
+struct Finish {
+  const float *scale, *shift;  // of the tile's first column
+  const T* residual;           // may be null, and may be y
+  T* y;                        // of the tile's first row and column
+  int64_t row;                 // elements from one row to the next
+  int64_t columns;             // how many of the panel's there are
+  Activation activation;
+};
+
+struct Operands {
+  const uint32_t *a, *b;
+  int64_t chunk;  // words from one chunk of a to the next
+  int64_t depth;
+  float* sums;  // [rows, panel width]: where the sums start from, if `onward`, and end, if there is no Finish
+  bool onward;
+};
+
+FR_INLINE void limits(Activation activation, Floats* low, Floats* high) {
+  *low = all(activation == Activation::identity ? -INFINITY : 0.0f);
+  *high = all(activation == Activation::relu6 ? 6.0f : INFINITY);
+}
+
+// For part of a panel and for activations that are no clamp.
+template <class T>
+void finish_slowly(const float* sums, int64_t rows, int64_t width, const Finish<T>& f) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t k = 0; k < f.columns; ++k) {
+      float z = sums[i * width + k] * f.scale[k] + f.shift[k];
+      if (f.residual != nullptr) z += widen(f.residual[i * f.row + k]);
+      round_to(f.y[i * f.row + k], activate(z, f.activation));
+    }
+  }
+}
+
+template <class T, int ROWS, int COLUMNS>
+void tile(const Operands& o, const Finish<T>* f) {
+  Floats sum[ROWS][COLUMNS];
+  constexpr int kWidth = COLUMNS * kLanes;
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < COLUMNS; ++j) sum[i][j] = o.onward ? load(o.sums + i * kWidth + j * kLanes) : Floats{};
+  }
+  const uint32_t *a = o.a, *b = o.b;
+  for (int64_t depth = o.depth; depth > 0; depth -= kChunk, a += o.chunk) {
+    const uint32_t *word = a, *end = a + (depth < kChunk ? depth : kChunk);
+    for (; word != end; ++word, b += kWidth) {
+      Words column[COLUMNS];
+#pragma GCC unroll 2
+      for (int j = 0; j < COLUMNS; ++j) column[j] = words_at(b + j * kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 2
+        for (int j = 0; j < COLUMNS; ++j) sum[i][j] = Word<T>::multiply_add(word + i * kChunk, column[j], sum[i][j]);
+      }
+    }
+  }
+  const bool whole = f != nullptr && f->columns == kWidth && f->activation <= Activation::relu6;
+  if (!whole) {
+    float buffer[ROWS * kWidth];
+    float* sums = f == nullptr ? o.sums : buffer;
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < COLUMNS; ++j) store(sums + i * kWidth + j * kLanes, sum[i][j]);
+    }
+    if (f != nullptr) finish_slowly(buffer, ROWS, kWidth, *f);
+    return;
+  }
+  Floats low, high;
+  limits(f->activation, &low, &high);
+  const T* residual = f->residual;
+#pragma GCC unroll 2
+  for (int j = 0; j < COLUMNS; ++j) {
+    const Floats scale = load(f->scale + j * kLanes), shift = load(f->shift + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      const int64_t at = i * f->row + j * kLanes;
+      Floats z = sum[i][j] * scale + shift;
+      if (residual != nullptr) z += load(residual + at);
+      store(f->y + at, clamp(z, low, high));
+    }
+  }
+}
+
+template <class T>
+using Tile = void (*)(const Operands&, const Finish<T>*);
+
+template <class T, int ROWS>
+constexpr Tile<T> tile_of(int64_t rows, bool two) {
+  if constexpr (ROWS == 0) {
+    return nullptr;
+  } else {
+    if (rows == ROWS) return two ? tile<T, ROWS, 2> : tile<T, ROWS, 1>;
+    return tile_of<T, ROWS - 1>(rows, two);
+  }
+}
+
+template <class T>
+FR_INLINE Tile<T> tile_for(int64_t rows, bool two) {
+  return tile_of<T, kRows>(rows, two);
+}
+
+// Rows in tiles of nearly the same size: calls f(first row, rows).
+template <class F>
+FR_INLINE void by_tiles(int64_t rows, const F& f) {
+  const int64_t tiles = (rows + kRows - 1) / kRows;
+  for (int64_t i = 0; i < tiles; ++i) f(rows * i / tiles, rows * (i + 1) / tiles - rows * i / tiles);
+}
+
+}  // namespace
+}  // namespace FR_ISA
+}  // namespace fused_resnet
