@@ -225,8 +225,9 @@ void run_winograd(const ConvRun<T>& c, const Convs<T>& own, int m, const Tensor&
   const ConvShape& s = c.shape;
   const int64_t tiles = winograd_tiles(s, m).count, panels = ceil_div<int64_t>(s.K, 2 * own.lanes);
   const int64_t threads = torch::stable::get_num_threads();
+  // Few tiles of many channels: all threads transform them, then each reads its own share of the weights, once.
   if (tiles >= 2 * own.rows * threads && s.C <= 256) {
-    const Grid grid = grid_of(tiles, panels, (s.C > 128 ? 1 : 2) * own.rows, 1);
+    const Grid grid = grid_of(tiles, panels, 2 * own.rows, 1);
     run_parts(grid, [&](const Part& part) {
       own.winograd(c, m, part, nullptr, scratch(own.winograd_scratch(s, m, part, false)));
     });
@@ -237,8 +238,9 @@ void run_winograd(const ConvRun<T>& c, const Convs<T>& own, int m, const Tensor&
   torch::stable::parallel_for(0, tiles, 1,
                               [&](int64_t first, int64_t last) { own.winograd_input(c, m, first, last, v); });
   const Grid grid{tiles, panels, ceil_div<int64_t>(tiles, 4 * own.rows), std::min(panels, threads)};
-  run_parts(grid,
-            [&](const Part& part) { own.winograd(c, m, part, v, scratch(own.winograd_scratch(s, m, part, true))); });
+  run_parts(grid, [&](const Part& part) {
+    own.winograd(c, m, part, v, scratch(own.winograd_scratch(s, m, part, true)));
+  });
 }
 
 void conv_packed(Tensor y, const Tensor& x, const Tensor& pack, const Maybe& residual, const Sizes& kernel,

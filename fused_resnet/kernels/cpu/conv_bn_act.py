@@ -55,9 +55,13 @@ def default(problem: ConvProblem) -> dict[str, Any]:
 
 def _default(p: ConvProblem) -> str:
     able = [tile.kernel for tile in candidates(p)]
-    if "winograd4" in able:
-        return "winograd4"
-    return able[0]
+    return "winograd4" if "winograd4" in able and _reused(p) else able[0]
+
+
+def _reused(p: ConvProblem) -> bool:
+    """Whether transformed weights, four times as many, are read for enough tiles to be worth their way from memory."""
+    tiles = p.N * -(-p.P // 4) * -(-p.Q // 4)
+    return tiles >= p.C // 32 and (p.dtype == "fp32" or p.C <= 128)
 
 
 def with_tile(tile: dict[str, Any]) -> Callable[[ConvProblem, ConvOperands], torch.Tensor]:
