@@ -257,13 +257,20 @@ def _order(family: str, problem: ConvProblem, wanted: str | None) -> Iterator[Wa
         if wanted in (None, name):
             yield name, tile, "forced" if wanted else label
     for name in (wanted,) if wanted else HEURISTIC.get(problem.device, ("reference",)):
-        yield name, _default(family, name, problem), "forced" if wanted else "heuristic"
+        for tile in _by_rule(family, name, problem):
+            yield name, tile, "forced" if wanted else "heuristic"
 
 
-def _default(family: str, name: str, problem: ConvProblem) -> dict[str, Any] | None:
-    """The tile of a kernel's own rule, where the kernel can name it."""
+def _by_rule(family: str, name: str, problem: ConvProblem) -> Iterator[dict[str, Any] | None]:
+    """The tile of a kernel's own rule and, should that be caught with wrong results, its others; None: unnamed."""
     able = name != "reference" and _inability(family, name, problem) is None
-    return _kernel(family, name).default(problem) if able and hasattr(_kernel(family, name), "default") else None
+    kernel: Any = _kernel(family, name) if able else None
+    if not hasattr(kernel, "default"):
+        yield None
+        return
+    first = kernel.default(problem)
+    yield first
+    yield from (tile for tile in map(asdict, filter(None, tiles(kernel, problem))) if tile != first)
 
 
 def _measured(family: str, problem: ConvProblem) -> Iterator[Way]:
@@ -375,8 +382,9 @@ def _self_check(family: str, choice: Choice, problem: Any, operands: Any, result
                     and k[0] == family and k[1].layer == problem.layer]:
             del _choices[one]
     cache().set(key, verdict)
-    warnings.warn(f"fused_resnet disables {choice.name} for {problem.id} on {device_name(problem.device)}: {verdict}. "
-                  f"The reference runs instead; please report this line.", stacklevel=2)
+    name = choice.name if choice.tile is None else f"{choice.name} {json.dumps(choice.tile, sort_keys=True)}"
+    warnings.warn(f"fused_resnet disables {name} for {problem.id} on {device_name(problem.device)}: {verdict}. "
+                  f"What is next in order runs from now on; please report this line.", stacklevel=2)
     return _references[family](problem, operands)
 
 

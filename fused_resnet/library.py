@@ -22,6 +22,11 @@ def register_fake(name: str, fake: Callable[..., Any]) -> None:
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
 
+def unknown_size() -> Any:
+    """Inside a fake: a size that only running the operator tells."""
+    return torch.library.get_ctx().new_dynamic_size()
+
+
 def define_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any], reference: Callable[..., Any]) -> Any:
     """Defines `fused_resnet::<schema>` and returns its overload.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fused_resnet.library import register_fake
+from fused_resnet.library import register_fake, unknown_size
 from fused_resnet.settings import switched
 
 PARTS = ("cpu", "cuda")
@@ -138,8 +138,8 @@ def _fake_conv_bn_act(x, weight, *rest, tile=-1):
 
 
 def _fake_conv_pack(weight, *rest, isa=""):
-    bytes_ = torch.library.get_ctx().new_dynamic_size()  # as wide as the processor's vectors want it
-    return torch.empty(bytes_, dtype=torch.uint8, device=weight.device)
+    # Its rows are as long as the processor's vectors want them.
+    return torch.empty(unknown_size(), dtype=torch.uint8, device=weight.device)
 
 
 def _fake_stem(x, weight, *rest):

@@ -136,9 +136,13 @@ def included(path: Path) -> set[str]:
     return set(re.findall(r'^#include [<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE))
 
 
+def sources(folder: str) -> list[Path]:
+    return sorted(path for path in (ROOT / "csrc" / folder).rglob("*") if path.is_file())
+
+
 @pytest.mark.parametrize("folder", INCLUDES)
 def test_rooms_of_csrc_include_one_way(folder):
-    for path in sorted((ROOT / "csrc" / folder).iterdir()):
+    for path in sources(folder):
         ours = {name for name in included(path) if (ROOT / "csrc" / name).exists()}
         wrong = {name for name in ours if name.split("/")[0] not in INCLUDES[folder]}
         assert not wrong, f"{path.name} ({folder}) may not include {sorted(wrong)}"
@@ -148,10 +152,31 @@ def test_rooms_of_csrc_include_one_way(folder):
 
 
 def test_what_runs_in_emulation_asks_the_gpu_through_one_header():
-    """Kernels (.cuh) hold no PTX and no CUDA of their own; loops.cpp no torch and nothing of the standard library."""
+    """Kernels (.cuh) hold no PTX and no CUDA of their own."""
     for path in sorted((ROOT / "csrc" / "cuda").glob("*.cuh")):
         assert not re.search(r"\basm\b|__\w+__\b|threadIdx|blockIdx", path.read_text()), path.name
-    assert included(ROOT / "csrc/cpu/loops.cpp") == {"cpu/loops.h"}
+
+
+def closure(path: Path) -> set[str]:
+    """Everything that `path` includes, and what that includes in turn."""
+    found, todo = set(), [path]
+    while todo:
+        for name in included(todo.pop()) - found:
+            found.add(name)
+            if (ROOT / "csrc" / name).exists():
+                todo.append(ROOT / "csrc" / name)
+    return found
+
+
+@pytest.mark.parametrize("path", sources("cpu/isa"), ids=lambda path: path.stem)
+def test_what_is_compiled_for_each_instruction_set_shares_nothing(path):
+    """No torch and no C++ library: the linker would take a template's copy with AVX-512 for every processor.
+
+    Whatever one of ours defines has internal linkage, or is in the namespace of its instruction set.
+    """
+    names = closure(path)
+    foreign = {name for name in names if not (ROOT / "csrc" / name).exists()}
+    assert foreign <= {"cmath", "cstdint", "cstring", "immintrin.h", "cuda_bf16.h", "cuda_fp16.h"}, sorted(foreign)
 
 
 def test_the_package_declares_neither_a_torch_nor_a_triton_version():

@@ -8,7 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
@@ -45,8 +45,11 @@ def fresh(monkeypatch, tmp_path):
 
 @pytest.fixture
 def tiles(monkeypatch):
-    """oneDNN gets tiles: `tiles("good", "wrong")` makes them; "good" are right, the others are what they are called."""
-    forward = onednn.forward
+    """oneDNN gets tiles: `tiles("good", "wrong")` makes them; "good" are right, the others are what they are called.
+
+    Its own rule names none of them, as in the kernels for a GPU.
+    """
+    forward = onednn.with_tile({"kernel": "onednn"})
 
     def with_tile(tile):
         kind = Tile(**tile).kind
@@ -63,8 +66,10 @@ def tiles(monkeypatch):
         return run
 
     def make(*kinds):
-        monkeypatch.setattr(onednn, "candidates", lambda problem: [Tile(kind) for kind in kinds], raising=False)
-        monkeypatch.setattr(onednn, "with_tile", with_tile, raising=False)
+        monkeypatch.delattr(onednn, "default", raising=False)
+        monkeypatch.setattr(onednn, "forward", forward)
+        monkeypatch.setattr(onednn, "candidates", lambda problem: [Tile(kind) for kind in kinds])
+        monkeypatch.setattr(onednn, "with_tile", with_tile)
 
     return make
 
@@ -95,8 +100,15 @@ def tuned(folder):
     return {key.split()[2]: row for key, row in rows.items() if key.startswith("tuned")}
 
 
-def test_every_backend_that_does_not_refuse_is_a_candidate():
-    assert [way.backend for way in tuner.candidates(FAMILY, PROBLEM)] == ["reference", "cpu"]  # no interpreter
+def own():
+    """oneDNN's tile and, where the native library is, ours."""
+    return [asdict(tile) for tile in onednn.candidates(PROBLEM)]
+
+
+def test_every_way_of_a_backend_that_does_not_refuse_is_a_candidate():
+    found = [(way.backend, way.tile) for way in tuner.candidates(FAMILY, PROBLEM)]
+    assert found == [("reference", None), *(("cpu", tile) for tile in own())]  # no interpreter
+    assert own()[0] == {"kernel": "onednn"}
     assert [way.backend for way in tuner.candidates(FAMILY, PROBLEM._replace(dtype="fp64"))] == ["reference"]
 
 
@@ -105,6 +117,7 @@ def test_a_kernel_without_a_tile_that_fits_is_no_candidate(tiles, monkeypatch):
         raise ValueError("no tile fits")
 
     tiles("good")
+    monkeypatch.setattr(onednn, "refuse", lambda problem: None)
     monkeypatch.setattr(onednn, "candidates", none_fits)
     backends.adopt(FAMILY, PROBLEM, {"backend": "cpu", "tile": {"kind": "good"}})
     assert [way.backend for way in tuner.candidates(FAMILY, PROBLEM)] == ["reference"]
@@ -115,9 +128,9 @@ def test_a_kernel_without_a_tile_that_fits_is_no_candidate(tiles, monkeypatch):
 def test_rows_of_a_measurement():
     shares, operands = [], inputs.make(PROBLEM)
     rows = tuner.measure(FAMILY, PROBLEM, operands, budget=0.2, on_progress=shares.append)
-    assert [row["backend"] for row in rows] == ["reference", "cpu"]
+    assert [(row["backend"], row["tile"]) for row in rows] == [("reference", None), *(("cpu", tile) for tile in own())]
     for row in rows:
-        assert row["status"] == "ok" and row["rel_error"] < 1e-5 and row["tile"] is None
+        assert row["status"] == "ok" and row["rel_error"] < 1e-5
         assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
     assert rows[0]["vs_stock"] == 1.0 and sum(row["winner"] for row in rows) == 1
     assert shares == sorted(shares) and shares[-1] == 1.0
@@ -213,7 +226,7 @@ def test_the_first_use_is_measured_once(fresh, caplog):
         launch()  # a later process finds the row
     assert all(torch.allclose(result, expected, atol=1e-5) for result in results)
     assert [r.message.split(":")[0] for r in caplog.records] == [f"tuned {FAMILY} {PROBLEM.id}"]
-    assert "best of 2 candidates" in caplog.records[0].message
+    assert f"best of {1 + len(own())} candidates" in caplog.records[0].message
     assert list(tuned(fresh)) == [PROBLEM.id]
 
 
