@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from fused_resnet import backends, numerics, tuner
-from fused_resnet.fusing import trial
+from fused_resnet.fusing import slices, trial
 from fused_resnet.fusing.guards import Guards
 from fused_resnet.fusing.route import Route
 from fused_resnet.fusing.steps import Launch, Slot, fill_slots
@@ -57,6 +57,7 @@ class Plan:
         self.odd: set[tuple] = set()  # kinds of calls for which stock mixes memory formats inside
         self.broken: str | None = None
         self.fallbacks: dict[str, int] = {}
+        self.cuts: dict[tuple | None, slices.Cut | None] = {}  # by shape, which steps take a few images at a time
 
     def attach(self) -> None:
         """Puts the plan in the place of its module's forward."""
@@ -168,9 +169,33 @@ class Plan:
                           for i, x in enumerate(args))
         values = [*(inner if self.keep else args), *inner, *[None] * (self.size - 2 * len(args))]
         tidy = convert and not self.keep
+        steps = self.chosen(args) if steps is None else steps
+        key = slices.key_of(args) if answers is None and steps is self.steps else None
+        cut, ruler, finite = self.cuts.get(key), None, True
+
+        def run(some: list, over: list) -> bool:
+            return self._walk(some, over, tidy, finite, answers, ruler)
+
+        if cut is not None:
+            finite = slices.run(cut, steps, values, 2 * len(args), run)
+        elif key is not None and key not in self.cuts:
+            ruler = slices.Ruler(steps, 2 * len(args))
+        run(steps[cut.steps:] if cut else steps, values)
+        if ruler is not None:
+            self.cuts[key] = ruler.cut(args[0].shape[0])
+
+        def give(slot: Slot) -> Any:
+            if tidy and slot.loose:
+                values[slot.at] = executor.restore(values[slot.at])
+            return values[slot.at] if tidy or not slot.loose else executor.settle(values[slot.at])
+
+        return fill_slots(self.output, give)
+
+    def _walk(self, steps: list, values: list, tidy: bool, finite: bool, answers: dict[int, list] | None,
+              ruler: slices.Ruler | None) -> bool:
+        """Runs steps over values; returns whether no kernel has to look for NaN and Inf in what they made."""
         profiled = torch.autograd._profiler_enabled()
-        finite = True
-        for step in self.chosen(args) if steps is None else steps:
+        for step in steps:
             if answers and step.opaque:
                 value = answers[id(step.target)].pop(0)
             elif profiled and type(step) is Launch:
@@ -180,15 +205,11 @@ class Plan:
                 value = step.run(values, tidy, finite)
             finite = finite and (step.steady or _finite(value))
             values[step.out] = value
+            if ruler is not None:
+                ruler.saw(step, values)
             for slot in step.frees:
                 values[slot] = None
-
-        def give(slot: Slot) -> Any:
-            if tidy and slot.loose:
-                values[slot.at] = executor.restore(values[slot.at])
-            return values[slot.at] if tidy or not slot.loose else executor.settle(values[slot.at])
-
-        return fill_slots(self.output, give)
+        return finite
 
     def _check(self, key: tuple, args: tuple) -> Any:
         """The first call of its kind: the stock forward's answer counts unless the plan agrees with it."""
