@@ -102,6 +102,12 @@ void input_tiles(const ConvRun<T>& c, int64_t first, int64_t last, int64_t all, 
   }
 }
 
+// Activations that are no clamp, out of line: they keep registers of the loop that none of the others needs.
+template <class T>
+__attribute__((noinline)) void store_activated(T* y, const Floats& z, Activation activation) {
+  for (int lane = 0; lane < kLanes; ++lane) round_to(y[lane], activate(z[lane], activation));
+}
+
 // One vector of filters of one tile: sums m -> y, `position` floats from one position to the next.
 template <class T, int M>
 FR_INLINE void transform_output(const float* m, int64_t position, const ConvRun<T>& c, Pixel at, int64_t k, Floats low,
@@ -131,7 +137,11 @@ FR_INLINE void transform_output(const float* m, int64_t position, const ConvRun<
       if (j >= columns) break;
       Floats z = out[j] * scale + shift;
       if (c.residual != nullptr) z += load(c.residual + row + int64_t{j} * s.K);
-      store(c.y + row + int64_t{j} * s.K, clamp(z, low, high));
+      if (c.activation <= Activation::relu6) {
+        store(c.y + row + int64_t{j} * s.K, clamp(z, low, high));
+      } else {
+        store_activated(c.y + row + int64_t{j} * s.K, z, c.activation);
+      }
     }
   }
 }
