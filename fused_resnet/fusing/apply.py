@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from fused_resnet import backends, tuner
-from fused_resnet.fusing import match, parts
-from fused_resnet.fusing.build import build
-from fused_resnet.fusing.capture import REPLACED, Captured, Refused, capture, shadow
-from fused_resnet.fusing.plan import NO_ROUTE, Plan, detach
-from fused_resnet.fusing.route import Route
+from fused_resnet.fusing import match
+from fused_resnet.fusing.capture import REPLACED, Refused, shadow
+from fused_resnet.fusing.plan import Plan, detach
+from fused_resnet.fusing.reading import Reader
 
 NOTES = "_fused_resnet_notes"
 Model = TypeVar("Model", bound=nn.Module)
@@ -85,17 +86,19 @@ def fuse(model: Model, *, inplace: bool = False, filter: Callable[[str, nn.Modul
         raise ValueError(f"memory_format must be torch.channels_last or None, got {memory_format}")
     if tune < 0:
         raise ValueError(f"tune must be a bool or seconds, got {tune}")
-    fused = unfuse(model if inplace else copy.deepcopy(model))
-    notes = Notes()
-    _attach(fused, filter, memory_format is torch.channels_last, notes)
-    fused.__dict__[NOTES] = notes
-    for module in fused.modules():
-        if plans(module):
-            module.__dict__[SCRIPTABLE] = Scriptable(module)
-    for plan in plans(fused).values():
-        plan.arm()
-        plan.recompute = recompute
-        plan.tune = tuner.SECONDS if tune is True else float(tune)
+    with _uncollected():
+        fused = unfuse(model if inplace else copy.deepcopy(model))
+        notes = Notes()
+        _attach(fused, filter, memory_format is torch.channels_last, notes)
+        fused.__dict__[NOTES] = notes
+        attached = plans(fused)
+        for module in fused.modules():
+            if any(isinstance(inner.__dict__.get("forward"), Plan) for inner in module.modules()):
+                module.__dict__[SCRIPTABLE] = Scriptable(module)
+        for plan in attached.values():
+            plan.arm()
+            plan.recompute = recompute
+            plan.tune = tuner.SECONDS if tune is True else float(tune)
     if strict:
         from fused_resnet.fusing.report import report
 
@@ -133,9 +136,21 @@ def plans(model: nn.Module) -> dict[str, Plan]:
     return {name: plan for name, plan in found.items() if isinstance(plan, Plan)}
 
 
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Pauses Python's collector: over graphs, which are all cycles, it takes longer than making them does."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
+
+
 def _attach(model: nn.Module, allowed: Callable[[str, nn.Module], bool] | None, keep: bool, notes: Notes) -> None:
     try:
-        twin = shadow(model)
+        reader = Reader(shadow(model))
     except Exception as error:  # whatever a user's __deepcopy__ raises
         notes.modules[""] = f"the model cannot be copied for tracing: {error}"
         return
@@ -154,65 +169,12 @@ def _attach(model: nn.Module, allowed: Callable[[str, nn.Module], bool] | None, 
         prefix = f"{name}." if name else ""
         inside = {other[len(prefix):] for other in opaque if other.startswith(prefix)}
         try:
-            plan, reasons = _plan(module, twin.get_submodule(name), inside, keep, prefix)
+            reading = reader.read(name, inside)
         except Refused as refusal:
             notes.modules[name] = str(refusal)
             opaque.add(name)
             continue
-        notes.convs.update((f"{prefix}{conv}", reason) for conv, reason in reasons.items())
+        notes.convs.update((f"{prefix}{conv}", reason) for conv, reason in reading.why.items())
+        plan = reading.plan(module, keep, prefix)
         if plan is not None:
             plan.attach()
-
-
-def _plan(module: nn.Module, twin: nn.Module, opaque: set[str], keep: bool,
-          prefix: str) -> tuple[Plan | None, dict[str, str]]:
-    captured = capture(twin, opaque)
-    graph = captured.graph
-    spare = _copy(graph)
-
-    def lookup(node: fx.Node) -> nn.Module | None:
-        return parts.called(twin, node)
-
-    parts.find(graph, twin)
-    match.drop_identities(graph, lookup)
-    foreign = {name for name in opaque if not match.plain_leaf(twin.get_submodule(name))
-               or "forward" in twin.get_submodule(name).__dict__}
-    match.check_inplace(graph, lookup, foreign)
-    found, reasons = match.find(graph, lookup)
-    why = {str(conv.target): reason for conv, reason in reasons.items()}
-    whole = {name: twin.get_submodule(name) for name in captured.inlined}
-    why.update((name, f"the forward of a {type(m).__name__} is more than a convolution with its own weight")
-               for name, m in whole.items() if isinstance(m, nn.Conv2d)
-               and name not in why and name not in {str(made.conv.target) for made in found})
-    if not found or not any(node.op == "placeholder" for node in graph.nodes):
-        return None, why
-    plan = build(module, captured, found, foreign, keep, prefix)
-    reads = "training" in captured.names
-    route = _route(module, twin, captured, spare, lookup, foreign, prefix, False if reads else None)
-    plan.routes = {False: route, True: route}
-    if reads:
-        twin.train()
-        try:
-            captured = capture(twin, opaque)
-            plan.routes[True] = _route(module, twin, captured, captured.graph, lookup, foreign, prefix, True)
-        except Refused as refusal:
-            plan.routes[True] = f"in training: {refusal}"
-        finally:
-            twin.eval()
-    return plan, why
-
-
-def _route(module: nn.Module, twin: nn.Module, captured: Captured, graph: fx.Graph, lookup: match.Lookup,
-           opaque: set[str], prefix: str, mode: bool | None) -> Route | str:
-    try:
-        parts.find(graph, twin, norms=mode is not None)
-        route = Route(module, captured, graph, lookup, opaque, prefix, mode)
-    except Refused as refusal:
-        return f"in training: {refusal}"
-    return route if route.branches else NO_ROUTE
-
-
-def _copy(graph: fx.Graph) -> fx.Graph:
-    twin = fx.Graph()
-    twin.output(twin.graph_copy(graph, {}))
-    return twin

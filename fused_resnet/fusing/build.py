@@ -8,23 +8,25 @@ from torch import fx, nn
 
 from fused_resnet.fusing.capture import Captured
 from fused_resnet.fusing.match import Match, activation_of
-from fused_resnet.fusing.parts import called as live
+from fused_resnet.fusing.parts import Modules
 from fused_resnet.fusing.plan import Plan
 from fused_resnet.fusing.steps import Call, Launch, Slots, call_step, free
 from fused_resnet.nn.parts import ConvPart, NormPart
 
 
-def build(module: nn.Module, captured: Captured, matches: list[Match], opaque: set[str], keep: bool,
+def build(live: Modules, captured: Captured, graph: fx.Graph, matches: list[Match], opaque: set[str], keep: bool,
           prefix: str) -> Plan:
-    """Turns a matched graph of `module` into a plan over its live submodules.
+    """Turns a matched graph into a plan over live submodules.
 
     Args:
-        captured: what was traced; its graph is the matched one.
+        live: the module that gets the plan, and those inside.
+        captured: what was traced.
+        graph: its graph, matched.
+        matches: of the graph.
         opaque: names of submodules whose forwards are not understood.
         keep: leave results in channels_last.
-        prefix: the name of `module` in the model, with a dot, or "".
+        prefix: the name of the module in the model, with a dot, or "".
     """
-    graph = captured.graph
     slots = Slots(graph)
     launches = {m.last: m for m in matches}
     absorbed = {n: m for m in matches for n in m.nodes}
@@ -36,32 +38,32 @@ def build(module: nn.Module, captured: Captured, matches: list[Match], opaque: s
             output = fx.node.map_arg(node.args[0], slots.exact)
         elif node in launches:
             match = launches[node]
-            reuse = match.residual is not None and _expendable(match, match.residual, module, order, absorbed)
-            steps.append(_launch(module, match, slots, reuse, prefix))
+            reuse = match.residual is not None and _expendable(match, match.residual, live, order, absorbed)
+            steps.append(_launch(live, match, slots, reuse, prefix))
             slots.loose.add(node)
         elif node.op != "placeholder" and node not in absorbed:
-            steps.append(call_step(module, node, slots, opaque))
+            steps.append(call_step(live, node, slots, opaque))
             if isinstance(steps[-1], Call) and steps[-1].layout_free and slots.loose.intersection(node.all_input_nodes):
                 slots.loose.add(node)
     free(steps, output)
-    inlined, called = ([module.get_submodule(name) for name in names] for names in (captured.inlined, captured.called))
+    inlined, called = ([live[name] for name in names] for names in (captured.inlined, captured.called))
     given = {i for node, i in slots.given.items()
              if all(user in absorbed and absorbed[user].pool and user is absorbed[user].conv for user in node.users)}
-    return Plan(module, len(slots.given), given, steps, slots.size, output, keep, inlined, called,
+    return Plan(live.root, len(slots.given), given, steps, slots.size, output, keep, inlined, called,
                 captured.names)
 
 
-def _launch(module: nn.Module, match: Match, slots: Slots, reuse: bool, prefix: str) -> Launch:
+def _launch(live: Modules, match: Match, slots: Slots, reuse: bool, prefix: str) -> Launch:
     def name(node: fx.Node | None) -> str:
-        return "identity" if node is None else activation_of(node, live(module, node)) or "identity"
+        return "identity" if node is None else activation_of(node, live(node)) or "identity"
 
     prologue = None
     if match.prologue:
-        prologue = (live(module, match.prologue[0]), name(match.prologue[1] if len(match.prologue) > 1 else None))
-    return Launch(f"{prefix}{match.conv.target}", match.pattern, live(module, match.conv),
-                  live(module, match.norm), name(match.activation), prologue, slots.number[match.x],
+        prologue = (live(match.prologue[0]), name(match.prologue[1] if len(match.prologue) > 1 else None))
+    return Launch(f"{prefix}{match.conv.target}", match.pattern, live(match.conv),
+                  live(match.norm), name(match.activation), prologue, slots.number[match.x],
                   None if match.residual is None else slots.number[match.residual], reuse,
-                  match.pool is not None, [call_step(module, n, slots, set()) for n in match.nodes],
+                  match.pool is not None, [call_step(live, n, slots, set()) for n in match.nodes],
                   slots.number[match.last])
 
 
@@ -69,15 +71,15 @@ def _launch(module: nn.Module, match: Match, slots: Slots, reuse: bool, prefix: 
 _READERS = (nn.Conv2d, nn.BatchNorm2d, ConvPart, NormPart, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
-def _expendable(match: Match, node: fx.Node, module: nn.Module, order: dict[fx.Node, int],
+def _expendable(match: Match, node: fx.Node, live: Modules, order: dict[fx.Node, int],
                 absorbed: dict[fx.Node, Match]) -> bool:
     """Whether `node`, the residual of `match`, is a tensor that only this plan knows and that dies with it."""
     made = absorbed.get(node)
-    if made is None and type(live(module, node)) not in _READERS or node is match.x:
+    if made is None and type(live(node)) not in _READERS or node is match.x:
         return False
 
     def reads(user: fx.Node) -> bool:
         done = absorbed[user].last if user in absorbed else user
-        return (order[done] <= order[match.last] and (user in absorbed or type(live(module, user)) in _READERS))
+        return (order[done] <= order[match.last] and (user in absorbed or type(live(user)) in _READERS))
 
     return (made is None or made.last is node) and all(reads(user) for user in node.users)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import functools
 import inspect
 import operator
 import sys
@@ -41,10 +42,25 @@ _DECORATED = {"decorate_context", "decorate_autocast"}  # how torch names what i
 class Captured:
     """The forward of one module as a graph, and what it was read from."""
 
-    graph: fx.Graph
+    graph: fx.Graph  # as it was traced
     inlined: list[str]  # submodules whose forwards are in the graph
     called: list[str]  # submodules that the graph calls
     names: set[str]  # every name that the forwards mention
+    modes: tuple[bool, ...]  # `training` of the module and of those inside
+
+    @functools.cached_property
+    def arity(self) -> int:
+        """How many tensors it takes."""
+        return sum(node.op == "placeholder" for node in self.graph.nodes)
+
+    @functools.cached_property
+    def result(self) -> fx.Node | None:
+        """What it returns, if that is one tensor."""
+        found = self.graph.output_node().args[0]
+        return found if isinstance(found, fx.Node) else None
+
+
+Known = Callable[[str, nn.Module], Captured | None]  # what was captured of a submodule, if it holds now
 
 
 class _Proxy(fx.Proxy):
@@ -76,11 +92,13 @@ class _NoTensors(TorchDispatchMode):
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, opaque: set[str]):
+    def __init__(self, opaque: set[str], known: Known | None):
         super().__init__()
-        self.opaque = opaque
+        self.opaque, self.known = opaque, known
         self.inlined: list[str] = []
+        self.mentioned: set[str] = set()  # in forwards that were captured before
         self.names: dict[int, str] = {}
+        self.read: dict[str, fx.Proxy] = {}
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
         """A proxy for each parameter and buffer; fx looks their names up by walking the whole model at every read."""
@@ -92,9 +110,9 @@ class _Tracer(fx.Tracer):
         name = self.names.get(id(attr_val))
         if name is None:
             return attr_val
-        if name not in parameter_proxy_cache:
-            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
-        return parameter_proxy_cache[name]
+        if name not in self.read:
+            self.read[name] = self.create_proxy("get_attr", name, (), {})
+        return self.read[name]
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """The norms of torch.nn ask whether their input has four dimensions: as in `torch._assert`, it has."""
@@ -121,9 +139,39 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
         name = self.path_of_module(m)
         if not self.is_leaf_module(m, name):
+            # Tensors alone tell nothing more about a call than the placeholders of its own capture.
+            if self.known is not None and not kwargs and all(type(a) is _Proxy for a in args):
+                captured = self.known(name, m)
+                if captured is not None and captured.arity == len(args) and captured.result is not None:
+                    return self.insert(name, captured, args)
             examine(m)
             self.inlined.append(name)
         return super().call_module(m, forward, args, kwargs)
+
+    def insert(self, name: str, captured: Captured, args: tuple[fx.Proxy, ...]) -> fx.Proxy:
+        """The graph of a submodule in the place of its call: what tracing its forward once more would give."""
+        self.inlined += [f"{name}.{inner}" if inner else name for inner in captured.inlined]
+        self.mentioned |= captured.names
+        given = iter(args)
+        values: dict[fx.Node, fx.Proxy] = {}
+        for node in captured.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(given)
+            elif node.op == "get_attr":
+                target = f"{name}.{node.target}"
+                if target not in self.read:
+                    self.read[target] = self.copied(node, target, values)
+                values[node] = self.read[target]
+            elif node.op != "output":
+                values[node] = self.copied(node, f"{name}.{node.target}" if node.op == "call_module" else node.target,
+                                           values)
+        return values[captured.result]  # type: ignore[index]
+
+    def copied(self, node: fx.Node, target: Any, values: dict[fx.Node, fx.Proxy]) -> fx.Proxy:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n].node)
+        made = self.graph.create_node(node.op, target, args, kwargs, node.name)
+        made.meta.update((key, node.meta[key]) for key in ("checks_rank",) if key in node.meta)
+        return self.proxy(made)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list]:
         args: list[Any] = [self.root]
@@ -146,18 +194,19 @@ def shadow(model: nn.Module) -> nn.Module:
     return twin.eval()
 
 
-def capture(module: nn.Module, opaque: set[str]) -> Captured:
+def capture(module: nn.Module, opaque: set[str], known: Known | None = None) -> Captured:
     """Traces `module`, a part of a `shadow`.
 
     Args:
         module: what to trace.
         opaque: names of submodules, relative to `module`, that are to stay calls.
+        known: what was captured of a submodule with the same submodules opaque: it is not traced again.
 
     Raises:
         Refused: with the reason.
     """
     examine(module)
-    tracer = _Tracer(opaque)
+    tracer = _Tracer(opaque, known)
     try:
         with torch.no_grad(), _NoTensors(), _watching() as names:
             graph = tracer.trace(module)
@@ -172,7 +221,8 @@ def capture(module: nn.Module, opaque: set[str]) -> Captured:
         if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
             raise Refused("forward uses a tensor that is neither parameter nor buffer")
     called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
-    return Captured(graph, ["", *tracer.inlined], called, names)
+    return Captured(graph, ["", *tracer.inlined], called, names | tracer.mentioned,
+                    tuple(m.training for m in module.modules()))
 
 
 def _attribute(module: nn.Module, path: str) -> Any:

@@ -9,6 +9,7 @@ it. What is left alone gets a reason.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from collections.abc import Callable
@@ -116,10 +117,18 @@ def _inplace(node: fx.Node, module: nn.Module | None) -> bool:
 
 def _argument(node: fx.Node, name: str) -> object:
     """The argument of a call that goes by `name`, however it was given; None where there is none."""
+    at = _places(node.target).get(name, len(node.args))
+    return node.args[at] if at < len(node.args) else node.kwargs.get(name)
+
+
+@functools.lru_cache(maxsize=1024)
+def _places(function: Callable) -> dict[str, int]:
+    """Where a function's arguments stand, by name; none of a builtin without a signature."""
     try:
-        return inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.get(name)  # type: ignore
-    except (TypeError, ValueError):  # a builtin without a signature
-        return node.kwargs.get(name)
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return {}
+    return {p.name: i for i, p in enumerate(parameters) if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)}
 
 
 def _fresh(node: fx.Node, lookup: Lookup) -> bool:

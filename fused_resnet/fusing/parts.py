@@ -27,12 +27,25 @@ _NORM = inspect.signature(F.batch_norm)
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
 
 
-def called(root: nn.Module, node: fx.Node | None) -> Any:
-    """The submodule of `root` that `node` calls, or the part of it; None where it calls none."""
-    if node is None or node.op != "call_module":
-        return None
-    module = root.get_submodule(str(node.target))
-    return node.meta["part"](module) if "part" in node.meta else module
+class Modules:
+    """The submodules of `root`, which stay as they are meanwhile: each is looked up once."""
+
+    def __init__(self, root: nn.Module):
+        self.root = root
+        self._known: dict[str, nn.Module] = {}
+
+    def __getitem__(self, name: str) -> nn.Module:
+        found = self._known.get(name)
+        if found is None:
+            found = self._known[name] = self.root.get_submodule(name)
+        return found
+
+    def __call__(self, node: fx.Node | None) -> Any:
+        """The submodule that `node` calls, or the part of it; None where it calls none."""
+        if node is None or node.op != "call_module":
+            return None
+        module = self[str(node.target)]
+        return node.meta["part"](module) if "part" in node.meta else module
 
 
 def find(graph: fx.Graph, root: nn.Module, norms: bool = True) -> None:

@@ -22,16 +22,13 @@ from torch import nn
 from fused_resnet import backends, numerics, tuner
 from fused_resnet.fusing import slices, trial
 from fused_resnet.fusing.guards import Guards
-from fused_resnet.fusing.route import Route
+from fused_resnet.fusing.route import NO_ROUTE, Route
 from fused_resnet.fusing.steps import Launch, Slot, fill_slots
 from fused_resnet.nn import executor, training
 
 # How far a plan may be from stock before it is taken for wrong: rounding of a deep network stays far
 # below, a dropped or misplaced operation lands near 1.
 PLAN_TOLERANCE = {"fp64": 1e-6, "fp32": 1e-2, "bf16": 0.2, "fp16": 0.2}
-
-
-NO_ROUTE = "in training: no convolution is followed by a batch norm"
 STRIDES = "strides"  # how a difference begins that is none of values
 ODD = "stock gives results other strides: inside it mixes memory formats"
 UNTUNED = contextlib.nullcontext()

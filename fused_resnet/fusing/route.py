@@ -18,11 +18,12 @@ from torch import fx, nn
 from fused_resnet.fusing import match
 from fused_resnet.fusing.capture import Captured
 from fused_resnet.fusing.guards import Guards
-from fused_resnet.fusing.parts import called as live
+from fused_resnet.fusing.parts import Modules
 from fused_resnet.fusing.steps import Call, Slots, call_step, fill_slots, free
 from fused_resnet.nn import executor, training
 from fused_resnet.nn.training import Unit
 
+NO_ROUTE = "in training: no convolution is followed by a batch norm"
 LONGEST = 3  # stages of a branch: backward holds all their activations at once
 
 
@@ -36,6 +37,16 @@ class Chain:
     @property
     def matches(self) -> list[match.Match]:
         return [*self.main, *([self.projection] if self.projection is not None else [])]
+
+
+@dataclass
+class Sketch:
+    """What a route is made from: it holds for all modules that are made alike."""
+
+    captured: Captured
+    graph: fx.Graph
+    chains: list[Chain]
+    mode: bool | None  # what forward found in `self.training`; None where it did not look
 
 
 class BranchStep:
@@ -71,29 +82,19 @@ class BranchStep:
 class Route:
     """The forward of one module as steps."""
 
-    def __init__(self, module: nn.Module, captured: Captured, graph: fx.Graph, lookup: match.Lookup, opaque: set[str],
-                 prefix: str, mode: bool | None):
+    def __init__(self, live: Modules, made: Sketch, opaque: set[str], prefix: str):
         """Builds the steps.
 
         Args:
-            module: the live module.
-            captured: what was traced.
-            graph: its graph, as it was traced.
-            lookup: the module that a node calls, or None.
+            live: the live module, and those inside.
+            made: of this module or of one that is made alike.
             opaque: names of submodules whose forwards are not understood.
-            prefix: the name of `module` in the model, with a dot, or "".
-            mode: what forward found in `self.training`; None where it did not look.
-
-        Raises:
-            Refused: forward works in place on what it does not own.
+            prefix: the name of the module in the model, with a dot, or "".
         """
-        match.drop_identities(graph, lookup, (nn.Identity,))
-        match.check_inplace(graph, lookup, opaque)
-        found, _ = match.find(graph, lookup, training=True)
-        self.module, self.mode, self.names = module, mode, captured.names
-        self.inlined, self.called = ([module.get_submodule(n) for n in names]
-                                     for names in (captured.inlined, captured.called))
-        self._build(graph, chains(graph, found, lookup), opaque, prefix)
+        self.module, self.mode, self.names = live.root, made.mode, made.captured.names
+        self.inlined, self.called = ([live[n] for n in names] for names in (made.captured.inlined,
+                                                                            made.captured.called))
+        self._build(live, made.graph, made.chains, opaque, prefix)
         self.opaque = [s.target for s in self.steps if s.opaque]
 
     def arm(self) -> None:
@@ -101,8 +102,8 @@ class Route:
         self.guards = Guards(self.module, self.inlined, self.called, self.names,
                              [] if self.mode is None else [(m, self.mode) for m in self.inlined])
 
-    def _build(self, graph: fx.Graph, found: list[Chain], opaque: set[str], prefix: str) -> None:
-        module, slots = self.module, Slots(graph)
+    def _build(self, live: Modules, graph: fx.Graph, found: list[Chain], opaque: set[str], prefix: str) -> None:
+        slots = Slots(graph)
         ends = {chain.main[-1].last: chain for chain in found}
         absorbed = {node for chain in found for m in chain.matches for node in m.nodes}
         order = {node: i for i, node in enumerate(graph.nodes)}
@@ -112,16 +113,15 @@ class Route:
             if node.op == "output":
                 self.output = fx.node.map_arg(node.args[0], slots.exact)
             elif node in ends:
-                self.steps.append(_step(module, ends[node], slots, order, prefix))
+                self.steps.append(_step(live, ends[node], slots, order, prefix))
                 slots.loose.add(node)
             elif node.op != "placeholder" and node not in absorbed:
-                step = call_step(module, node, slots, opaque)
+                step = call_step(live, node, slots, opaque)
                 self.steps.append(step)
                 if isinstance(step, Call) and step.layout_free and slots.loose.intersection(node.all_input_nodes):
                     slots.loose.add(node)
         free(self.steps, self.output)
         self.size, self.arity = slots.size, len(slots.given)
-        self.branches = [s for s in self.steps if isinstance(s, BranchStep)]
 
     def refusal(self, args: tuple, kwargs: dict) -> str | None:
         """Why the route cannot answer this call, or None."""
@@ -162,6 +162,27 @@ class Route:
                           else values[slot.at])
 
 
+def sketch(captured: Captured, graph: fx.Graph, lookup: match.Lookup, opaque: set[str],
+           mode: bool | None) -> Sketch | str:
+    """What a route is made from, or why there is none.
+
+    Args:
+        captured: what was traced.
+        graph: its graph, as it was traced; it is changed.
+        lookup: the module that a node calls, or None.
+        opaque: names of submodules whose forwards are not understood.
+        mode: what forward found in `self.training`; None where it did not look.
+
+    Raises:
+        Refused: forward works in place on what it does not own.
+    """
+    match.drop_identities(graph, lookup, (nn.Identity,))
+    match.check_inplace(graph, lookup, opaque)
+    found, _ = match.find(graph, lookup, training=True)
+    grouped = chains(graph, found, lookup)
+    return Sketch(captured, graph, grouped, mode) if grouped else NO_ROUTE
+
+
 def chains(graph: fx.Graph, found: list[match.Match], lookup: match.Lookup) -> list[Chain]:
     """Groups matches: each is followed by the one that alone reads its result, and takes the projection at its end."""
     # Branches run where their last node stands: statistics of a norm with two places would move in another order.
@@ -200,10 +221,10 @@ def _activation(m: match.Match, lookup: match.Lookup) -> str | None:
     return name if name in training.ACTIVATIONS else None
 
 
-def _step(module: nn.Module, chain: Chain, slots: Slots, order: dict[fx.Node, int], prefix: str) -> BranchStep:
+def _step(live: Modules, chain: Chain, slots: Slots, order: dict[fx.Node, int], prefix: str) -> BranchStep:
     def unit(m: match.Match) -> Unit:
-        name = "identity" if m.activation is None else match.activation_of(m.activation, live(module, m.activation))
-        return Unit(live(module, m.conv), live(module, m.norm), name or "identity")
+        name = "identity" if m.activation is None else match.activation_of(m.activation, live(m.activation))
+        return Unit(live(m.conv), live(m.norm), name or "identity")
 
     end = chain.main[-1]
     nodes = sorted((node for m in chain.matches for node in m.nodes), key=order.__getitem__)
@@ -211,4 +232,4 @@ def _step(module: nn.Module, chain: Chain, slots: Slots, order: dict[fx.Node, in
     return BranchStep(f"{prefix}{chain.main[0].conv.target}", [unit(m) for m in chain.main],
                       None if chain.projection is None else unit(chain.projection), slots.number[chain.main[0].x],
                       None if residual is None else slots.number[residual],
-                      [call_step(module, node, slots, set()) for node in nodes], slots.number[end.last])
+                      [call_step(live, node, slots, set()) for node in nodes], slots.number[end.last])

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fused_resnet import backends
-from fused_resnet.fusing import parts
 from fused_resnet.fusing.match import ADDS, FUNCTIONS
+from fused_resnet.fusing.parts import Modules
 from fused_resnet.nn import executor
 from fused_resnet.nn.parts import ConvPart, FrozenPart, NormPart
 
@@ -186,12 +186,12 @@ class Slots:
         return Slot(self.given[node]) if node in self.given else self.free(node)
 
 
-def call_step(module: nn.Module, node: fx.Node, slots: Slots, opaque: set[str]) -> Any:
+def call_step(live: Modules, node: fx.Node, slots: Slots, opaque: set[str]) -> Any:
     """The step of a node that runs as it stands."""
     if node.op == "get_attr":
         owner, _, name = str(node.target).rpartition(".")
-        return Attribute(module.get_submodule(owner), name, slots.number[node])
-    target = parts.called(module, node) if node.op == "call_module" else node.target
+        return Attribute(live[owner], name, slots.number[node])
+    target = live(node) if node.op == "call_module" else node.target
     call = Call(node.op, target, (), {}, slots.number[node], node.op == "call_module" and node.target in opaque)
     reader = slots.free if call.layout_free else slots.exact
     call.args, call.kwargs = tuple(fx.node.map_arg(node.args, reader)), dict(fx.node.map_arg(node.kwargs, reader))
