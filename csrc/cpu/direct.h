@@ -127,14 +127,19 @@ void direct_group(const ConvRun<T>& c, const Segments& seg, int32_t group, const
       const int64_t column = p * kPanel, width = padded - column < kPanel ? kLanes : kPanel;
       const int64_t k = group * filters + column, left = filters - column;
       const uint32_t* b = c.weights + depth * (group * padded + column) + d0 * width;
+      const bool turn = p + 1 == part.last_panel;  // the next product is that of the first panel's next depth
+      const int64_t home = part.first_panel * kPanel;
+      const uint32_t* next = turn ? c.weights + depth * (group * padded + home) + d1 * kPanel
+                                  : c.weights + depth * (group * padded + column + kPanel) + d0 * kPanel;
       float* partial = sums + (p - part.first_panel) * rows * kPanel;
-      by_tiles(rows, [&](int64_t t, int64_t count) {
+      by_tiles(rows, [&](int64_t t, int64_t count, int64_t i) {
         const int64_t at = (part.first_row + t) * s.K + k;
         const Finish<T> finish{c.scale + k, c.shift + k, c.residual == nullptr ? nullptr : c.residual + at,
                                c.y + at,    s.K,         left < width ? left : width,
                                c.activation};
-        tile_for<T>(count, width == kPanel)({a + t * kChunk, b, rows * kChunk, d1 - d0, partial + t * width, d0 > 0},
-                                            d1 == depth ? &finish : nullptr);
+        tile_for<T>(count, width == kPanel)(
+            {a + t * kChunk, b, rows * kChunk, d1 - d0, next + i * (d1 - d0) * kLine, partial + t * width, d0 > 0},
+            d1 == depth ? &finish : nullptr);
       });
     }
   }

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int kRows = (kRegisters - 4) / 2;  // 2 * kRows sums, two vectors of b, one broadcast: one register is left
 constexpr int kPanel = 2 * kLanes;
+constexpr int kLine = 16;  // words of a cache line
 
 template <class T>
 struct Word;
@@ -55,7 +56,8 @@ struct Operands {
   const uint32_t *a, *b;
   int64_t chunk;  // words from one chunk of a to the next
   int64_t depth;
-  float* sums;  // [rows, panel width]: where the sums start from, if `onward`, and end, if there is no Finish
+  const uint32_t* ahead;  // what the product after this one reads: a line of it is asked for with each word of depth
+  float* sums;            // [rows, panel width]: where the sums start from, if `onward`, and end, if there is no Finish
   bool onward;
 };
 
@@ -85,10 +87,11 @@ void tile(const Operands& o, const Finish<T>* f) {
 #pragma GCC unroll 2
     for (int j = 0; j < COLUMNS; ++j) sum[i][j] = o.onward ? load(o.sums + i * kWidth + j * kLanes) : Floats{};
   }
-  const uint32_t *a = o.a, *b = o.b;
+  const uint32_t *a = o.a, *b = o.b, *ahead = o.ahead;
   for (int64_t depth = o.depth; depth > 0; depth -= kChunk, a += o.chunk) {
     const uint32_t *word = a, *end = a + (depth < kChunk ? depth : kChunk);
-    for (; word != end; ++word, b += kWidth) {
+    for (; word != end; ++word, b += kWidth, ahead += kLine) {
+      __builtin_prefetch(ahead, 0, 2);
       Words column[COLUMNS];
 #pragma GCC unroll 2
       for (int j = 0; j < COLUMNS; ++j) column[j] = words_at(b + j * kLanes);
@@ -145,11 +148,11 @@ FR_INLINE Tile<T> tile_for(int64_t rows, bool two) {
   return tile_of<T, kRows>(rows, two);
 }
 
-// Rows in tiles of nearly the same size: calls f(first row, rows).
+// Rows in tiles of nearly the same size: calls f(first row, rows, which tile).
 template <class F>
 FR_INLINE void by_tiles(int64_t rows, const F& f) {
   const int64_t tiles = (rows + kRows - 1) / kRows;
-  for (int64_t i = 0; i < tiles; ++i) f(rows * i / tiles, rows * (i + 1) / tiles - rows * i / tiles);
+  for (int64_t i = 0; i < tiles; ++i) f(rows * i / tiles, rows * (i + 1) / tiles - rows * i / tiles, i);
 }
 
 }  // namespace
