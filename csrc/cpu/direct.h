@@ -9,6 +9,7 @@ namespace FR_ISA {
 namespace {
 
 constexpr int64_t kDepthStep = 512;  // words of depth at a time: a block of 112 rows takes 224 KiB of the second cache
+constexpr int64_t kWeightsAtHand = 1 << 16;  // words of weights that stay in the second cache while rows pass by
 
 // One piece of a row's patch: `words` of them, whole vectors and a rest.
 FR_INLINE void copy_words(uint32_t* to, const char* from, int64_t words) {
@@ -123,25 +124,28 @@ void direct_group(const ConvRun<T>& c, const Segments& seg, int32_t group, const
   for (int64_t d0 = 0; d0 < depth; d0 += step) {
     const int64_t d1 = d0 + step < depth ? d0 + step : depth;
     if (!plain) gather(c, seg, group, part.first_row, part.last_row, d0, d1, patches, a);
-    for (int64_t p = part.first_panel; p < part.last_panel; ++p) {
+    const auto product = [&](int64_t p, int64_t t, int64_t count, int64_t i) {
       const int64_t column = p * kPanel, width = padded - column < kPanel ? kLanes : kPanel;
-      const int64_t k = group * filters + column, left = filters - column;
-      const uint32_t* b = c.weights + depth * (group * padded + column) + d0 * width;
-      const bool turn = p + 1 == part.last_panel;  // the next product is that of the first panel's next depth
-      const int64_t home = part.first_panel * kPanel;
-      const uint32_t* next = turn ? c.weights + depth * (group * padded + home) + d1 * kPanel
-                                  : c.weights + depth * (group * padded + column + kPanel) + d0 * kPanel;
-      float* partial = sums + (p - part.first_panel) * rows * kPanel;
-      by_tiles(rows, [&](int64_t t, int64_t count, int64_t i) {
-        const int64_t at = (part.first_row + t) * s.K + k;
-        const Finish<T> finish{c.scale + k, c.shift + k, c.residual == nullptr ? nullptr : c.residual + at,
-                               c.y + at,    s.K,         left < width ? left : width,
-                               c.activation};
-        tile_for<T>(count, width == kPanel)(
-            {a + t * kChunk, b, rows * kChunk, d1 - d0, next + i * (d1 - d0) * kLine, partial + t * width, d0 > 0},
-            d1 == depth ? &finish : nullptr);
+      const int64_t k = group * filters + column, left = filters - column, at = (part.first_row + t) * s.K + k;
+      const bool turn = p + 1 == part.last_panel;  // next come the first panel's weights of the next depth
+      const uint32_t* own = c.weights + depth * group * padded;
+      const uint32_t* next = own + (turn ? depth * part.first_panel + d1 : depth * (p + 1) + d0) * kPanel;
+      const Finish<T> finish{c.scale + k, c.shift + k, c.residual == nullptr ? nullptr : c.residual + at,
+                             c.y + at,    s.K,         left < width ? left : width,
+                             c.activation};
+      tile_for<T>(count, width == kPanel)(
+          {a + t * kChunk, own + depth * column + d0 * width, rows * kChunk, d1 - d0, next + i * (d1 - d0) * kLine,
+           sums + (p - part.first_panel) * rows * kPanel + t * width, d0 > 0},
+          d1 == depth ? &finish : nullptr);
+    };
+    if (step >= depth && depth * padded <= kWeightsAtHand) {  // whole rows of y are written one after the other
+      by_tiles(rows, [&](int64_t t, int64_t count, int64_t) {
+        for (int64_t p = part.first_panel; p < part.last_panel; ++p) product(p, t, count, 0);
       });
+      continue;
     }
+    for (int64_t p = part.first_panel; p < part.last_panel; ++p)
+      by_tiles(rows, [&](int64_t t, int64_t count, int64_t i) { product(p, t, count, i); });
   }
 }
 

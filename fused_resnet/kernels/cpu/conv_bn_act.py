@@ -55,13 +55,32 @@ def default(problem: ConvProblem) -> dict[str, Any]:
 
 def _default(p: ConvProblem) -> str:
     able = [tile.kernel for tile in candidates(p)]
-    return "winograd4" if "winograd4" in able and _reused(p) else able[0]
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return able[0]  # no other processor has been measured
+    plain = "direct" if "direct" in able and ("onednn" not in able or _direct_wins(p)) else able[0]
+    ways = [plain, *(name for name in packed.WINOGRAD if name in able)]
+    return min(ways, key=lambda name: _cost(p, name))
 
 
-def _reused(p: ConvProblem) -> bool:
-    """Whether transformed weights, four times as many, are read for enough tiles to be worth their way from memory."""
-    tiles = p.N * -(-p.P // 4) * -(-p.Q // 4)
-    return tiles >= p.C // 32 and (p.dtype == "fp32" or p.C <= 128)
+def _direct_wins(p: ConvProblem) -> bool:
+    """Where ours was faster than oneDNN on two Zen 5 cores: few pixels (1.0 to 1.5 x), and deep sums in bf16 (1.1 x)."""
+    deep = p.dtype == "bf16" and p.depth >= 128
+    return p.groups == 1 and p.C >= 16 and (p.N * p.P * p.Q <= 4096 or deep)
+
+
+# Of two Zen 5 cores: fp32 multiply-adds for which one byte comes from memory, times two; measured 490 GFLOP/s, 40 GB/s.
+FLOPS_A_BYTE = 12
+SAVING = {"winograd2": 2.25 / 1.2, "winograd4": 4 / 1.25}  # what the transforms leave of it
+
+
+def _cost(p: ConvProblem, name: str) -> float:
+    """Time in units of an fp32 flop: of the arithmetic, or of the weights' way from memory where that is longer."""
+    half = 2 if p.dtype == "bf16" else 1
+    if name not in SAVING:
+        return max(p.flops / half, FLOPS_A_BYTE * p.K * p.depth * 4 / half)
+    m = int(name[-1])
+    waste = (-(-p.P // m) * m) * (-(-p.Q // m) * m) / (p.P * p.Q)  # tiles reach over the edge
+    return max(p.flops * waste / SAVING[name], FLOPS_A_BYTE * p.K * p.C * 4 * (m + 2) ** 2)
 
 
 def with_tile(tile: dict[str, Any]) -> Callable[[ConvProblem, ConvOperands], torch.Tensor]:
