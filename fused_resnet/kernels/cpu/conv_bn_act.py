@@ -63,7 +63,7 @@ def _default(p: ConvProblem) -> str:
 
 
 def _direct_wins(p: ConvProblem) -> bool:
-    """Where ours was faster than oneDNN on two Zen 5 cores: few pixels (1.0 to 1.5 x), and deep sums in bf16 (1.1 x)."""
+    """Where ours was faster than oneDNN on two Zen 5 cores: few pixels (1 to 1.5 x), and deep sums in bf16 (1.1 x)."""
     deep = p.dtype == "bf16" and p.depth >= 128
     return p.groups == 1 and p.C >= 16 and (p.N * p.P * p.Q <= 4096 or deep)
 
