@@ -27,6 +27,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet, m) {
   m.def(
       "_conv_packed(Tensor(a!) y, Tensor x, Tensor pack, Tensor? residual, int[2] kernel, int[2] stride, "
       "int[2] padding, int[2] dilation, int groups, str activation, str method) -> ()");
+  // The CPU's launches on 8-bit values, in channels_last memory. weight is int8; scale and shift have taken in the
+  // scales of x and of the result; low and high are in steps of the result where that is uint8 (`narrow`), which else
+  // is fp32. `filters` is K, R, S.
+  m.def("_conv_int8_pack(Tensor weight, Tensor scale, Tensor shift, int dilation_w, int x_zero, str isa='') -> Tensor");
+  m.def(
+      "_conv_int8(Tensor x, Tensor pack, Tensor? residual, int[3] filters, int[2] stride, int[2] padding, "
+      "int[2] dilation, float residual_scale, int residual_zero, int y_zero, float low, float high, bool narrow) -> "
+      "Tensor");
+  m.def("_quantize(Tensor x, float inverse, int zero) -> Tensor");
+  m.def("_max_pool(Tensor x, int[2] kernel, int[2] stride, int[2] padding) -> Tensor");
   m.def(
       "_stem(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var, float eps, "
       "str activation, int[2] stride, int[2] padding) -> Tensor");

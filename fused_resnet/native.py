@@ -151,8 +151,29 @@ def _fake_bn_finalise(means, *rest):
     return tuple(means.new_empty(means.shape[1]) for _ in range(3))
 
 
+def _fake_conv_int8_pack(weight, *rest, isa=""):
+    return torch.empty(unknown_size(), dtype=torch.uint8, device=weight.device)
+
+
+def _fake_conv_int8(x, pack, residual, filters, stride, padding, dilation, *rest):
+    p, q = _output_size(x, pack.new_empty(1, 1, *filters[1:]), stride, padding, dilation)
+    return torch.empty((x.shape[0], filters[0], p, q), dtype=torch.uint8 if rest[-1] else torch.float32,
+                       device=x.device, memory_format=torch.channels_last)
+
+
+def _fake_quantize(x, inverse, zero):
+    return torch.empty_like(x, dtype=torch.uint8)
+
+
+def _fake_max_pool(x, kernel, stride, padding):
+    p, q = _output_size(x, x.new_empty(1, 1, *kernel), stride, padding)
+    return _image(x, *x.shape[:2], p, q)
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "_bn_act": _fake_bn_act, "_bn_act_sums": _fake_bn_act_sums, "_bn_act_grad": _fake_bn_act_grad,
     "_conv_bn_act": _fake_conv_bn_act, "_stem": _fake_stem,
     "_conv_pack": _fake_conv_pack, "_conv_packed": lambda y, *rest: None,
-    "_bn_finalise": _fake_bn_finalise}
+    "_bn_finalise": _fake_bn_finalise,
+    "_conv_int8_pack": _fake_conv_int8_pack, "_conv_int8": _fake_conv_int8, "_quantize": _fake_quantize,
+    "_max_pool": _fake_max_pool}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from fused_resnet import int8
@@ -19,8 +17,6 @@ LIMITS = {"identity": (-float("inf"), float("inf")), "relu": (0.0, float("inf"))
 
 def refuse(problem: Int8Problem) -> str | None:
     """Why the native library cannot run `problem`, or None."""
-    if not hasattr(torch.ops.fused_resnet, "_conv_int8"):
-        return "no kernel yet"
     return raw.refuse("cpu", "conv_int8", problem.device)
 
 
@@ -28,20 +24,19 @@ def forward(problem: Int8Problem, o: Int8Operands) -> torch.Tensor:
     """One launch. Returns NotImplemented where folded weights are not finite."""
     weights = ConvOperands(o.x, o.weight, o.bias, o.gamma, o.beta, o.mean, o.var, eps=o.eps)
     p = problem.conv
-    pack = packed(("int8", o.x_zero, o.eps), sources(weights), lambda: _pack(weights, o.x_zero))
+    # in steps of the result: what clamps needs no second multiplication
+    inverse = 1.0 / o.y_scale if problem.out == "uint8" else 1.0
+    numbers = (o.x_scale * inverse, inverse, o.x_zero, p.dilation[1])
+    pack = packed(("int8", numbers, o.eps), sources(weights), lambda: _pack(weights, *numbers))
     if pack is None:
         return NotImplemented
-    quantised, scale, shift = pack
-    # in steps of the result: a clamp needs no second multiplication
-    inverse = 1.0 / o.y_scale if problem.out == "uint8" else 1.0
     low, high = LIMITS[p.activation]
     return torch.ops.fused_resnet._conv_int8.default(
-        o.x, quantised, scale, shift, o.residual, o.x_scale * inverse, inverse, o.x_zero, o.residual_scale * inverse,
-        o.residual_zero, o.y_zero, low * inverse, high * inverse, p.K, (p.R, p.S), p.stride, p.padding, p.dilation,
-        problem.out == "uint8")
+        o.x, pack, o.residual, (p.K, p.R, p.S), p.stride, p.padding, p.dilation, o.residual_scale * inverse,
+        o.residual_zero, o.y_zero, low * inverse, high * inverse, problem.out == "uint8")
 
 
-def _pack(o: ConvOperands, x_zero: int) -> tuple[Any, ...] | None:
+def _pack(o: ConvOperands, scale_by: float, shift_by: float, x_zero: int, dilation_w: int) -> torch.Tensor | None:
     with torch.inference_mode(False), torch.no_grad():
         weight, shift = fold(o, torch.float32)
         if shift is None:
@@ -49,7 +44,8 @@ def _pack(o: ConvOperands, x_zero: int) -> tuple[Any, ...] | None:
         if not bool(torch.isfinite(weight).all() & torch.isfinite(shift).all()):
             return None
         quantised, scale = int8.by_filter(weight)
-        return torch.ops.fused_resnet._conv_int8_pack.default(quantised, x_zero), scale, shift
+        return torch.ops.fused_resnet._conv_int8_pack.default(
+            quantised.contiguous(), scale * scale_by, shift * shift_by, dilation_w, x_zero)
 
 
 __all__ = ["FOLDED", "forward", "needs_finite", "refuse"]

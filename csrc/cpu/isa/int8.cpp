@@ -1,0 +1,137 @@
+// Compiled once for every instruction set, with -DFR_ISA=its name: see int8.h.
+#include "cpu/gemm8.h"
+
+namespace fused_resnet {
+namespace FR_ISA {
+namespace {
+
+FR_INLINE void copy8(uint32_t* to, const uint8_t* from, int64_t words) {
+  int64_t i = 0;
+  for (; i + kLanes <= words; i += kLanes) *reinterpret_cast<WordsAt*>(to + i) = words_at(from + 4 * i);
+#if defined(__AVX512F__)
+  if (i < words) {
+    const auto some = static_cast<__mmask16>((1u << (words - i)) - 1);
+    _mm512_mask_storeu_epi32(to + i, some, _mm512_maskz_loadu_epi32(some, from + 4 * i));
+  }
+#else
+  for (; i < words; ++i) memcpy(to + i, from + 4 * i, 4);
+#endif
+}
+
+// The patches of output pixels [first, last) -> chunks [..][rows][kChunk]. What is behind a segment in its last
+// word meets weights of zero: it may be anything that can be read.
+void gather8(const Int8Run& c, const Segments& depth, int64_t first, int64_t last, uint32_t* a) {
+  const ConvShape& s = c.shape;
+  const bool touch = depth.count == s.R;
+  const int32_t columns = touch ? s.S : 1;
+  const int64_t rows = last - first;
+  const uint8_t* end = c.x + nhwc(s.N, 0, 0, 0, s.H, s.W, s.C);
+  Pixel at = pixel_of(first, s.P, s.Q);
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int32_t i = 0; i < depth.count; ++i) {
+      const int32_t h = tap(at.p, touch ? i : i / s.S, s.stride_h, s.pad_h, s.dilation_h);
+      const int32_t w = tap(at.q, touch ? 0 : i % s.S, s.stride_w, s.pad_w, s.dilation_w);
+      const int32_t before = w < 0 ? -w : 0, inner = w + columns > s.W ? s.W - w : columns;  // columns inside
+      const uint8_t* from = c.x + nhwc(at.n, h, w, 0, s.H, s.W, s.C);
+      const bool row = inside(h, s.H);
+      const bool whole = row && before == 0 && inner == columns && from + 4 * depth.words <= end;
+      for (int64_t d = 0; d < depth.words;) {
+        const int64_t place = int64_t{i} * depth.words + d, room = kChunk - place % kChunk;
+        const int64_t count = depth.words - d < room ? depth.words - d : room;
+        uint32_t* to = a + (place / kChunk * rows + m) * kChunk + place % kChunk;
+        if (whole) {
+          copy8(to, from + 4 * d, count);
+        } else {
+          memset(to, c.x_zero, static_cast<size_t>(4 * count));
+          const int64_t low = before * s.C > 4 * d ? before * s.C : 4 * d;
+          const int64_t high = inner * s.C < 4 * (d + count) ? inner * s.C : 4 * (d + count);
+          if (row && low < high)
+            memcpy(reinterpret_cast<uint8_t*>(to) + low - 4 * d, from + low, static_cast<size_t>(high - low));
+        }
+        d += count;
+      }
+    }
+    if (++at.q == s.Q) {
+      at.q = 0;
+      if (++at.p == s.P) at = Pixel{at.n + 1, 0, 0};
+    }
+  }
+}
+
+using Finish = void (*)(const Int8Run&, const int32_t*, int64_t, int64_t, int64_t, int64_t, int64_t);
+
+Finish finish_of(const Int8Run& c) {
+  if (c.residual_narrow) return c.y_narrow ? finish8<uint8_t, uint8_t> : finish8<uint8_t, float>;
+  return c.y_narrow ? finish8<float, uint8_t> : finish8<float, float>;
+}
+
+int64_t scratch(const ConvShape& s, const Part& part) {
+  const int64_t chunks = ceil_div(depth_of(segments_of<uint8_t>(s)), kChunk);
+  return 4 * (part.last_row - part.first_row) * chunks * kChunk;
+}
+
+void conv(const Int8Run& c, const Part& part, void* scratch) {
+  const Segments seg = segments_of<uint8_t>(c.shape);
+  const int64_t depth = depth_of(seg);
+  const int64_t rows = part.last_row - part.first_row, tiles = ceil_div<int64_t>(rows, kRows8);
+  const int64_t K = c.shape.K, padded = ceil_div<int64_t>(K, kLanes) * kLanes;
+  auto* a = static_cast<uint32_t*>(scratch);
+  gather8(c, seg, part.first_row, part.last_row, a);
+  const Finish finish = finish_of(c);
+  alignas(64) int32_t sums[kRows8 * kPanel8];
+  for (int64_t p = part.first_panel; p < part.last_panel; ++p) {
+    const int64_t k = p * kPanel8, width = padded - k < kPanel8 ? kLanes : kPanel8;
+    for (int64_t i = 0; i < tiles; ++i) {  // of nearly the same size
+      const int64_t t = rows * i / tiles, count = rows * (i + 1) / tiles - t;
+      tile8_of<kRows8>(count, width == kPanel8)(
+          {a + t * kChunk, c.weights + depth * k, rows * kChunk, depth, c.start + k}, sums);
+      finish(c, sums, count, width, K - k < width ? K - k : width, (part.first_row + t) * K + k, k);
+    }
+  }
+}
+
+void quantize(const float* x, int64_t count, float inverse, int32_t zero, uint8_t* y) {
+  const Floats low = all(static_cast<float>(-zero)), high = all(static_cast<float>(255 - zero));
+  for (int64_t i = 0; i < count; i += kLanes) {
+    float some[kLanes] = {};
+    uint8_t part[kLanes];
+    const bool whole = i + kLanes <= count;
+    if (!whole) memcpy(some, x + i, static_cast<size_t>(count - i) * sizeof(float));
+    Floats z = load(whole ? x + i : some) * inverse;
+    z = z > low ? z : low;
+    store8(whole ? y + i : part, z < high ? z : high, zero);
+    if (!whole) memcpy(y + i, part, static_cast<size_t>(count - i));
+  }
+}
+
+// Row p of image n.
+void pool_row(const Int8Pool& c, int64_t n, int32_t p) {
+  const int32_t top = p * c.stride_h - c.pad_h;
+  uint8_t* y = c.y + (n * c.P + p) * int64_t{c.Q} * c.C;
+  memset(y, 0, static_cast<size_t>(int64_t{c.Q} * c.C));  // the least value
+  for (int32_t r = 0; r < c.R; ++r) {
+    if (!inside(top + r, c.H)) continue;
+    const uint8_t* x = c.x + nhwc(n, top + r, 0, 0, c.H, c.W, c.C);
+    for (int32_t q = 0; q < c.Q; ++q) {
+      for (int32_t s = 0; s < c.S; ++s) {
+        const int32_t w = q * c.stride_w - c.pad_w + s;
+        if (!inside(w, c.W)) continue;
+        const uint8_t* from = x + int64_t{w} * c.C;
+        uint8_t* to = y + int64_t{q} * c.C;
+        for (int32_t k = 0; k < c.C; ++k) to[k] = from[k] > to[k] ? from[k] : to[k];
+      }
+    }
+  }
+}
+
+}  // namespace
+
+#define FR_STRINGIFY(x) #x
+#define FR_NAME(x) FR_STRINGIFY(x)
+
+Int8s int8s() {
+  return {FR_NAME(FR_ISA), kLanes, kRows8, scratch, conv, quantize, pool_row};
+}
+
+}  // namespace FR_ISA
+}  // namespace fused_resnet
