@@ -106,6 +106,7 @@ def check(result: torch.Tensor, stock: torch.Tensor, reference: torch.Tensor, *,
     return Bound(error, own, 2 * own.max + flash_atol(reference, DTYPES[dtype]), 1.1 * own.rms + slack)
 
 
+WINOGRAD = 1e-5  # max|error| / max|reference| of one fp32 convolution by Winograd's algorithm, besides `check`
 INT8_NETWORK = 0.25  # of the size of the output: the error of a whole network of 8-bit values
 
 

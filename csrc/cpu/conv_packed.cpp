@@ -114,8 +114,9 @@ void check_winograd(const ConvShape& s, int lanes) {
 Tensor conv_pack(const Tensor& given, const Maybe& bias, const Maybe& gamma, const Maybe& beta, const Maybe& mean,
                  const Maybe& var, double eps, const Sizes& dilation, int64_t groups, const std::string& name,
                  const std::string& isa) {
-  STD_TORCH_CHECK(given.dim() == 4 && groups > 0 && given.size(0) % groups == 0,
-                  "weight must be [K, C / groups, R, S]");
+  STD_TORCH_CHECK(given.dim() == 4 && given.numel() > 0 && groups > 0 && given.size(0) % groups == 0,
+                  "weight must be [K, C / groups, R, S], and not empty");
+  STD_TORCH_CHECK(dilation.size() == 2, "dilation is a pair");
   const Tensor weight = torch::stable::contiguous(given);
   const Method method = method_of(name);
   ConvShape s{};

@@ -117,7 +117,7 @@ void direct_group(const ConvRun<T>& c, const Segments& seg, int32_t group, const
   const ConvShape& s = c.shape;
   const int64_t depth = int64_t{seg.count} * seg.words, step = depth_step(depth), rows = part.last_row - part.first_row;
   const int64_t filters = s.K / s.groups, padded = ceil_div<int64_t>(filters, kLanes) * kLanes;
-  const bool plain = depth == kChunk && in_place(s);
+  const bool plain = depth == kChunk && in_place(s) && reinterpret_cast<uintptr_t>(c.x) % 4 == 0;
   auto* patches = reinterpret_cast<Patch<T>*>(a + rows * step);
   auto* sums = reinterpret_cast<float*>(patches + rows);
   if (plain) a = const_cast<uint32_t*>(reinterpret_cast<const uint32_t*>(c.x)) + part.first_row * kChunk;
