@@ -1,10 +1,11 @@
-// Family conv_int8 on the CPU, and what goes with it: _quantize and _max_pool on uint8.
+// Family conv_int8 on the CPU, and what goes with it: _quantize and _max_pool.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "cpu/int8.h"
 #include "cpu/parts.h"
+#include "cpu/pick.h"
 
 namespace fused_resnet {
 namespace {
@@ -102,8 +103,7 @@ Tensor conv_int8_pack(const Tensor& weight, const Tensor& scale, const Tensor& s
 Tensor conv_int8(const Tensor& x, const Tensor& pack, const Maybe& residual, const Sizes& filters, const Sizes& stride,
                  const Sizes& padding, const Sizes& dilation, double residual_scale, int64_t residual_zero,
                  int64_t y_zero, double low, double high, bool narrow) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte && is_channels_last(x),
-                  "x must be uint8 in channels_last memory");
+  STD_TORCH_CHECK(is_channels_last(x), "x must be in channels_last memory");
   STD_TORCH_CHECK(pack.scalar_type() == ScalarType::Byte && pack.is_contiguous() && pack.numel() >= 64,
                   "the weights are not packed");
   STD_TORCH_CHECK(is_byte(residual_zero) && is_byte(y_zero), "a zero point is no uint8");
@@ -162,12 +162,24 @@ Tensor quantize(const Tensor& x, double inverse, int64_t zero) {
 }
 
 Tensor max_pool(const Tensor& x, const Sizes& kernel, const Sizes& stride, const Sizes& padding) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte && is_channels_last(x),
-                  "x must be uint8 in channels_last memory");
+  STD_TORCH_CHECK(is_channels_last(x), "x must be in channels_last memory");
   STD_TORCH_CHECK(kernel.size() == 2, "kernel is a pair");
   const ConvShape s = conv_sizes(x, {x.size(1), x.size(1), kernel[0], kernel[1]}, stride, padding, {1, 1}, 1);
   STD_TORCH_CHECK(2 * s.pad_h <= s.R && 2 * s.pad_w <= s.S, "padding may be half of the kernel at most");
-  const Tensor y = make({s.N, s.C, s.P, s.Q}, ScalarType::Byte, x, true);
+  const Tensor y = make({s.N, s.C, s.P, s.Q}, x.scalar_type(), x, true);
+  const auto rows = [&](const auto& row) {
+    torch::stable::parallel_for(0, int64_t{s.N} * s.P, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) row(i / s.P, static_cast<int32_t>(i % s.P));
+    });
+  };
+  const auto pool_floats = [&](auto element) {
+    using T = decltype(element);
+    rows([&](int64_t n, int32_t p) { convs<T>()[0].max_pool(s, data<T>(x), data_out<T>(y), n, p); });
+    return y;
+  };
+  if (x.scalar_type() == ScalarType::Float) return pool_floats(float{});
+  if (x.scalar_type() == ScalarType::BFloat16) return pool_floats(bf16{});
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte, "x must be uint8, fp32 or bf16");
   const Int8Pool pool{s.H,
                       s.W,
                       s.C,
@@ -181,9 +193,7 @@ Tensor max_pool(const Tensor& x, const Sizes& kernel, const Sizes& stride, const
                       s.pad_w,
                       data<uint8_t>(x),
                       data_out<uint8_t>(y)};
-  torch::stable::parallel_for(0, int64_t{s.N} * s.P, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) int8s()[0].pool_row(pool, i / s.P, static_cast<int32_t>(i % s.P));
-  });
+  rows([&](int64_t n, int32_t p) { int8s()[0].pool_row(pool, n, p); });
   return y;
 }
 

@@ -51,6 +51,8 @@ struct Convs {
   void (*winograd)(const ConvRun<T>&, int m, const Part&, const float* shared, void* scratch);
   // Tiles [first, last) of x into `shared`, which holds [m + 2]^2 x all tiles x channels.
   void (*winograd_input)(const ConvRun<T>&, int m, int64_t first, int64_t last, float* shared);
+  // Row p of image n of the pooled batch; of the shape K and the weights' side mean nothing.
+  void (*max_pool)(const ConvShape&, const T* x, T* y, int64_t n, int32_t p);
 };
 
 #define FR_DECLARE_CONVS(isa) \
