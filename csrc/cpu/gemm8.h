@@ -134,11 +134,29 @@ FR_INLINE Ints rounded(Floats z) {
 
 // uint8 of a z between -zero and 255 - zero.
 FR_INLINE void store8(uint8_t* to, Floats z, int32_t zero) {
-  *reinterpret_cast<BytesAt*>(to) = __builtin_convertvector(rounded(z) + zero, Bytes);
+  const Ints q = rounded(z) + zero;
+#if defined(__AVX512F__)
+  __m128i bytes = _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(q));
+  asm("" : "+x"(bytes));  // as one instruction with its store it is slow on AMD's cores
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+#else
+  *reinterpret_cast<BytesAt*>(to) = __builtin_convertvector(q, Bytes);
+#endif
+}
+
+// Compilers widen bytes one by one.
+FR_INLINE Ints widened(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const BytesAt*>(from), Ints);
+#endif
 }
 
 FR_INLINE Floats residual_at(const uint8_t* from, int32_t zero) {
-  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const BytesAt*>(from), Ints) - zero, Floats);
+  return __builtin_convertvector(widened(from) - zero, Floats);
 }
 
 FR_INLINE Floats residual_at(const float* from, int32_t) {

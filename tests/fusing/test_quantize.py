@@ -139,7 +139,8 @@ def test_a_method_decides_the_scales(stock, method):
     wide = fr.quantize(stock, X)
     pairs = [(a.of_x.scale, b.of_x.scale) for a, b in zip(steps(model), steps(wide), strict=True)
              if isinstance(a, Int8Launch)]
-    assert all(a <= b * 1.0001 for a, b in pairs) and (method == "minmax") == all(a == b for a, b in pairs)
+    same = all(abs(a / b - 1) < 1e-4 for a, b in pairs)  # not quite: kernels depend on the size of the batch
+    assert all(a <= b * 1.0001 for a, b in pairs) and same is (method == "minmax")
 
 
 def test_mistakes_raise(stock):

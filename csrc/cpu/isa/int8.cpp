@@ -78,11 +78,19 @@ void conv(const Int8Run& c, const Part& part, void* scratch) {
   auto* a = static_cast<uint32_t*>(scratch);
   gather8(c, seg, part.first_row, part.last_row, a);
   const Finish finish = finish_of(c);
+  const int64_t y_bytes = c.y_narrow ? 1 : 4, residual_bytes = c.residual_narrow ? 1 : 4;
   alignas(64) int32_t sums[kRows8 * kPanel8];
   for (int64_t p = part.first_panel; p < part.last_panel; ++p) {
     const int64_t k = p * kPanel8, width = padded - k < kPanel8 ? kLanes : kPanel8;
     for (int64_t i = 0; i < tiles; ++i) {  // of nearly the same size
       const int64_t t = rows * i / tiles, count = rows * (i + 1) / tiles - t;
+      // What the tile ends in comes from memory while it computes.
+      const int64_t line = (part.first_row + t) * K + k;
+      for (int64_t m = 0; m < count; ++m) {
+        __builtin_prefetch(static_cast<const char*>(c.y) + (line + m * K) * y_bytes, 1);
+        if (c.residual != nullptr)
+          __builtin_prefetch(static_cast<const char*>(c.residual) + (line + m * K) * residual_bytes);
+      }
       tile8_of<kRows8>(count, width == kPanel8)(
           {a + t * kChunk, c.weights + depth * k, rows * kChunk, depth, c.start + k}, sums);
       finish(c, sums, count, width, K - k < width ? K - k : width, (part.first_row + t) * K + k, k);
