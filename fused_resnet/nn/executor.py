@@ -104,7 +104,7 @@ def launch(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None, activation:
     else:
         out = family.execute(problem, operands, finite)
     state.kernel = backends.last() != "reference"
-    return torch.max_pool2d(out, 3, 2, 1) if pool and not state.pooled else out
+    return stem.pool(out) if pool and not state.pooled else out
 
 
 def _pools(problem: stem.StemProblem) -> bool:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import fused_resnet as fr
-from fused_resnet import backends
+from fused_resnet import backends, native
 from fused_resnet.ops import stem
 from fused_resnet.testing import inputs
 from fused_resnet.testing.cases import STEMS, conv
@@ -76,3 +76,15 @@ def test_a_problem_describes_its_pooled_output():
     large = stem.StemProblem(*conv(3, 64, 224, 7, n=1, stride=2))._replace(dtype="bf16")
     assert large.output_shape == (1, 64, 56, 56)
     assert large.bytes == 2 * (3 * 224 * 224 + 64 * 147 + 64 * 56 * 56) + 4 * 64 * 4
+
+
+@pytest.mark.skipif(native.missing("cpu") is not None, reason="the native library is not there")
+@pytest.mark.parametrize("shape", [(2, 64, 9, 12), (1, 17, 1, 1), (0, 16, 4, 4), (1, 3, 2, 7), (3, 40, 8, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_our_pool_is_pytorchs(shape, dtype):
+    x = torch.randn(shape).to(dtype).to(memory_format=torch.channels_last)
+    if x.numel():
+        x[0, 0, 0, 0], x[-1, -1, -1, -1], x[0, 1, 0, 0] = float("nan"), float("-inf"), float("inf")
+    mine, theirs = stem.pool(x), torch.max_pool2d(x, 3, 2, 1)
+    assert torch.equal(mine.isnan(), theirs.isnan()) and torch.equal(mine.nan_to_num(), theirs.nan_to_num())
+    assert mine.is_contiguous(memory_format=torch.channels_last)
