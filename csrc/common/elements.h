@@ -13,6 +13,12 @@
 #define FR_HD static __host__ __device__ __forceinline__
 #else
 #define FR_HD static inline
+// The compiler's own type of fp16, where it has one; g++ before 13 knows _Float16 in C++ for x86 alone.
+#if defined(__aarch64__)
+#define FR_HALF __fp16
+#elif defined(__FLT16_MANT_DIG__)
+#define FR_HALF _Float16
+#endif
 #endif
 
 namespace fused_resnet {
@@ -63,9 +69,9 @@ FR_HD float widen(bf16 value) {
 FR_HD float widen(fp16 value) {
   return __half2float(__ushort_as_half(value.bits));
 }
-#elif defined(__FLT16_MANT_DIG__) && !defined(__CUDACC__)
+#elif defined(FR_HALF)
 FR_HD float widen(fp16 value) {
-  _Float16 half;
+  FR_HALF half;
   memcpy(&half, &value.bits, sizeof half);
   return static_cast<float>(half);
 }
@@ -96,9 +102,9 @@ FR_HD void round_to(bf16& out, float value) {
 FR_HD void round_to(fp16& out, float value) {
   out.bits = __half_as_ushort(__float2half_rn(value));
 }
-#elif defined(__FLT16_MANT_DIG__) && !defined(__CUDACC__)
+#elif defined(FR_HALF)
 FR_HD void round_to(fp16& out, float value) {
-  const _Float16 half = static_cast<_Float16>(value);
+  const FR_HALF half = static_cast<FR_HALF>(value);
   memcpy(&out.bits, &half, sizeof half);
 }
 #else
