@@ -31,7 +31,7 @@ ALLOWED = {
     "backends": LEAVES | {"tuning", "native"},
     "tuner": LEAVES | {"tuning", "backends"},
     "kernels": {"problem", "tuning", "numerics", "int8", "native", "settings"},
-    "ops": BELOW_OPS,
+    "ops": BELOW_OPS | {"native"},
     "functional": BELOW_OPS | {"ops"},
     "graphs": BELOW_OPS | {"kernels"},
     "nn": BELOW_NN,
