@@ -42,8 +42,8 @@ gate: $(VENV)/.all  ## the compile gates and the larger sweeps (25 minutes on 2 
 lint: $(VENV)/.all  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	@sources=$$(find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null); \
-	if [ -n "$$sources" ]; then echo "clang-format --dry-run csrc"; $(BIN)/clang-format --dry-run --Werror $$sources; fi
+	@sources=$$(find csrc tests/csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null); \
+	if [ -n "$$sources" ]; then echo "clang-format --dry-run csrc tests/csrc"; $(BIN)/clang-format --dry-run --Werror $$sources; fi
 
 gpu:  ## all that needs a GPU: STAGE=check|tune|bench|ground BUDGET=seconds OUT=folder; no set-up, no network
 	@$(PYTHON_GPU) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' || \
