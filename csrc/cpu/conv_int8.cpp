@@ -103,7 +103,8 @@ Tensor conv_int8_pack(const Tensor& weight, const Tensor& scale, const Tensor& s
 Tensor conv_int8(const Tensor& x, const Tensor& pack, const Maybe& residual, const Sizes& filters, const Sizes& stride,
                  const Sizes& padding, const Sizes& dilation, double residual_scale, int64_t residual_zero,
                  int64_t y_zero, double low, double high, bool narrow) {
-  STD_TORCH_CHECK(is_channels_last(x), "x must be in channels_last memory");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte && is_channels_last(x),
+                  "x must be uint8 in channels_last memory");
   STD_TORCH_CHECK(pack.scalar_type() == ScalarType::Byte && pack.is_contiguous() && pack.numel() >= 64,
                   "the weights are not packed");
   STD_TORCH_CHECK(is_byte(residual_zero) && is_byte(y_zero), "a zero point is no uint8");

@@ -59,7 +59,7 @@ def quantize(model: Model, samples: torch.Tensor | Iterable[Any], *, inplace: bo
     fused = fuse(model, inplace=inplace, memory_format=memory_format)
     seen = _calibrate(fused, [samples] if isinstance(samples, torch.Tensor) else samples, method != "minmax")
     for plan in plans(fused).values():
-        if seen[id(plan)]:
+        if seen[id(plan)] and plan.broken is None:
             Int8Plan(plan, *_quantised(plan, seen[id(plan)], method, residual)).attach()
     for plan in plans(fused).values():  # guards watch the plans of inner modules
         plan.arm()
@@ -95,7 +95,7 @@ def _quantised(plan: Plan, seen: dict[int, Range], method: str, residual: str) -
     able: dict[int, Launch] = {}
     for step in plan.launches:
         reason = quantised_conv(step)
-        if reason is None and not (step.x in seen and seen[step.x].finite and seen[step.out].finite):
+        if reason is None and not all(slot in seen and seen[slot].finite for slot in (step.x, step.out)):
             reason = "no sample reached it, or not with finite values"
         if reason is None:
             able[id(step)] = step
