@@ -20,7 +20,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet, m) {
       "float pre_eps, str activation, str prologue, int[2] stride, int[2] padding, int[2] dilation, int groups, "
       "int tile=-1) -> Tensor");
   // conv_bn_act on the CPU in two halves. Packed weights serve one method ("direct", "winograd2", "winograd4": F(m x m,
-  // 3 x 3)) on one kind of processor; y may be the residual.
+  // 3 x 3), "grouped") on one kind of processor; y may be the residual.
   m.def(
       "_conv_pack(Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var, float eps, "
       "int[2] dilation, int groups, str method, str isa='') -> Tensor");

@@ -10,11 +10,11 @@
 namespace fused_resnet {
 namespace {
 
-enum class Method : int64_t { direct, winograd2, winograd4 };
+enum class Method : int64_t { direct, winograd2, winograd4, grouped };
 
 Method method_of(const std::string& name) {
-  constexpr const char* kNames[] = {"direct", "winograd2", "winograd4"};
-  for (int i = 0; i < 3; ++i) {
+  constexpr const char* kNames[] = {"direct", "winograd2", "winograd4", "grouped"};
+  for (int i = 0; i < 4; ++i) {
     if (name == kNames[i]) return static_cast<Method>(i);
   }
   STD_TORCH_CHECK(false, "unknown method '", name, "'");
@@ -51,6 +51,7 @@ int64_t isa_of(const std::string& name) {
 
 template <class T>
 int64_t weight_words(const ConvShape& s, Method method, int64_t lanes) {
+  if (method == Method::grouped) return ceil_div<int64_t>(s.C, lanes) * s.R * s.S * (s.C / s.groups) * lanes;
   const int64_t filters = s.groups * padded(s.K / s.groups, lanes);
   if (method != Method::direct) {
     const int64_t n = pixels_of(method) + 2;
@@ -99,6 +100,20 @@ void pack_winograd(const ConvShape& s, int64_t lanes, int m, const T* weight, fl
   });
 }
 
+// For each vector of channels [R][S][channel of the group][lanes]; the last one is whole and ends with the channels.
+template <class T>
+void pack_grouped(const ConvShape& s, int64_t lanes, const T* weight, float* out) {
+  const int64_t channels = s.C / s.groups, cells = int64_t{s.R} * s.S;
+  for (int64_t start = 0; start < s.K; start += lanes) {
+    const T* from = weight + std::min(start, s.K - lanes) * channels * cells;
+    for (int64_t cell = 0; cell < cells; ++cell) {
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t lane = 0; lane < lanes; ++lane) *out++ = widen(from[(lane * channels + c) * cells + cell]);
+      }
+    }
+  }
+}
+
 const uint8_t* check_pack(const Tensor& pack) {
   STD_TORCH_CHECK(pack.scalar_type() == ScalarType::Byte && pack.is_contiguous() && pack.numel() > kHeader,
                   "pack must be what _conv_pack returned");
@@ -109,6 +124,13 @@ const uint8_t* check_pack(const Tensor& pack) {
 void check_winograd(const ConvShape& s, int lanes) {
   STD_TORCH_CHECK(s.R == 3 && s.S == 3 && s.groups == 1 && s.C % lanes == 0 && s.K % lanes == 0,
                   "Winograd's algorithm takes 3x3 kernels without groups, and channels in multiples of ", lanes);
+}
+
+void check_grouped(const ConvShape& s, int lanes) {
+  const int32_t channels = s.C / s.groups;
+  STD_TORCH_CHECK(s.K == s.C && s.C >= lanes && channels <= kMostOfGroup && (channels & (channels - 1)) == 0,
+                  "grouped takes groups of 1, 2, 4 or 8 channels and as many filters, and at least ", lanes,
+                  " channels");
 }
 
 Tensor conv_pack(const Tensor& given, const Maybe& bias, const Maybe& gamma, const Maybe& beta, const Maybe& mean,
@@ -150,6 +172,9 @@ Tensor conv_pack(const Tensor& given, const Maybe& bias, const Maybe& gamma, con
       }
       if (method == Method::direct) {
         pack_direct<T>(s, lanes, data<T>(weight), reinterpret_cast<T*>(words));
+      } else if (method == Method::grouped) {
+        check_grouped(s, static_cast<int>(lanes));
+        pack_grouped<T>(s, lanes, data<T>(weight), words);
       } else {
         check_winograd(s, static_cast<int>(lanes));
         pack_winograd<T>(s, lanes, pixels_of(method), data<T>(weight), words);
@@ -193,6 +218,23 @@ void run_winograd(const ConvRun<T>& c, const Convs<T>& own, int m, const Tensor&
             [&](const Part& part) { own.winograd(c, m, part, v, scratch(own.winograd_scratch(s, m, part, true))); });
 }
 
+template <class T>
+void run_grouped(const ConvRun<T>& c, const Convs<T>& own) {
+  const ConvShape& s = c.shape;
+  // A thread copies the rows of x under the kernel, of as many vectors as its second cache has room for.
+  constexpr int64_t kWindow = 256 << 10;
+  const int64_t threads = torch::stable::get_num_threads(), one = own.grouped_scratch(s, Part{0, 1, 0, 1});
+  const int64_t unit = std::max(s.C / s.groups / own.lanes, 1);  // vectors of one group
+  const int64_t panels = ceil_div<int64_t>(s.C, own.lanes * unit);
+  const int64_t columns = ceil_div(panels, std::max<int64_t>(kWindow / (one * unit), 1)), rows = int64_t{s.N} * s.P;
+  const int64_t row_parts = std::min(rows, columns % threads == 0 ? s.N : padded(s.N, threads));
+  run_parts(Grid{rows, panels, row_parts, columns}, [&](Part part) {
+    part.first_panel *= unit;
+    part.last_panel *= unit;
+    own.grouped(c, part, scratch(own.grouped_scratch(s, part)));
+  });
+}
+
 void conv_packed(Tensor y, const Tensor& x, const Tensor& pack, const Maybe& residual, const Sizes& kernel,
                  const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
                  const std::string& activation, const std::string& name) {
@@ -224,10 +266,17 @@ void conv_packed(Tensor y, const Tensor& x, const Tensor& pack, const Maybe& res
                            scale,
                            scale + vector,
                            activation_of(activation)};
-      STD_TORCH_CHECK(method == Method::direct || s.stride_h * s.stride_w * s.dilation_h * s.dilation_w == 1,
+      STD_TORCH_CHECK(method == Method::direct || method == Method::grouped ||
+                          s.stride_h * s.stride_w * s.dilation_h * s.dilation_w == 1,
                       "Winograd's algorithm takes neither strides nor dilation");
       if (pixels(s) * s.K == 0) return;
-      method == Method::direct ? run_direct<T>(run, own) : run_winograd<T>(run, own, pixels_of(method), x);
+      if (method == Method::direct) {
+        run_direct<T>(run, own);
+      } else if (method == Method::grouped) {
+        run_grouped<T>(run, own);
+      } else {
+        run_winograd<T>(run, own, pixels_of(method), x);
+      }
     } else {
       STD_TORCH_CHECK(false, "our kernels on the CPU compute fp32 and bf16");
     }

@@ -1,5 +1,5 @@
-// Our own convolutions on the CPU: no torch, one table of functions for every instruction set. See gemm.h, direct.h and
-// winograd.h for how they compute.
+// Our own convolutions on the CPU: no torch, one table of functions for every instruction set. See gemm.h, direct.h,
+// winograd.h and grouped.h for how they compute.
 #pragma once
 
 #include "common/elements.h"
@@ -7,7 +7,8 @@
 
 namespace fused_resnet {
 
-constexpr int64_t kChunk = 64;  // words of depth that lie together, row after row
+constexpr int64_t kChunk = 64;   // words of depth that lie together, row after row
+constexpr int kMostOfGroup = 8;  // channels of a group that `grouped` takes
 
 // y [N, P, Q, K] = act(conv(x [N, H, W, C], weights) * scale + shift + residual), sums in fp32, rounded once.
 template <class T>
@@ -51,6 +52,9 @@ struct Convs {
   void (*winograd)(const ConvRun<T>&, int m, const Part&, const float* shared, void* scratch);
   // Tiles [first, last) of x into `shared`, which holds [m + 2]^2 x all tiles x channels.
   void (*winograd_input)(const ConvRun<T>&, int m, int64_t first, int64_t last, float* shared);
+  // Rows of the part are rows of pixels of the output, panels single vectors of channels, whole groups together.
+  int64_t (*grouped_scratch)(const ConvShape&, const Part&);
+  void (*grouped)(const ConvRun<T>&, const Part&, void* scratch);
   // Row p of image n of the pooled batch; of the shape K and the weights' side mean nothing.
   void (*max_pool)(const ConvShape&, const T* x, T* y, int64_t n, int32_t p);
 };

@@ -66,14 +66,63 @@ FR_INLINE void limits(Activation activation, Floats* low, Floats* high) {
   *high = all(activation == Activation::relu6 ? 6.0f : INFINITY);
 }
 
+// e^x to two units of the last place: 2^n times Taylor's polynomial of what is left, |r| <= ln(2) / 2.
+FR_INLINE Floats exponential(Floats x) {
+  x = clamp(x, all(-104.0f), all(104.0f));  // where the result is 0 and infinite
+  const Floats magic = all(0x1.8p23f), shifted = x * 1.44269504f + magic, n = shifted - magic;
+  const Floats r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
+  Floats sum = r * (1.0f / 5040) + 1.0f / 720;
+  sum = ((sum * r + 1.0f / 120) * r + 1.0f / 24) * r + 1.0f / 6;
+  sum = ((sum * r + 0.5f) * r + 1.0f) * r + 1.0f;
+  const Ints power = reinterpret_cast<Ints>(shifted) - reinterpret_cast<Ints>(magic), half = power >> 1;
+  return sum * reinterpret_cast<Floats>((half + 127) << 23) * reinterpret_cast<Floats>((power - half + 127) << 23);
+}
+
+// As `activate` of one float.
+FR_INLINE Floats activated(Floats z, Activation activation) {
+  if (activation == Activation::silu) return z / (1.0f + exponential(-z));
+  if (activation == Activation::hardswish) return z * clamp(z + 3.0f, all(0.0f), all(6.0f)) / 6.0f;
+  Floats low, high;
+  limits(activation, &low, &high);
+  return clamp(z, low, high);
+}
+
 // For part of a panel and for activations that are no clamp.
 template <class T>
 void finish_slowly(const float* sums, int64_t rows, int64_t width, const Finish<T>& f) {
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t k = 0; k < f.columns; ++k) {
+    const T* residual = f.residual == nullptr ? nullptr : f.residual + i * f.row;
+    T* y = f.y + i * f.row;
+    int64_t k = 0;
+    for (; k + kLanes <= f.columns; k += kLanes) {
+      Floats z = load(sums + i * width + k) * load(f.scale + k) + load(f.shift + k);
+      if (residual != nullptr) z += load(residual + k);
+      store(y + k, activated(z, f.activation));
+    }
+    for (; k < f.columns; ++k) {
       float z = sums[i * width + k] * f.scale[k] + f.shift[k];
-      if (f.residual != nullptr) z += widen(f.residual[i * f.row + k]);
-      round_to(f.y[i * f.row + k], activate(z, f.activation));
+      if (residual != nullptr) z += widen(residual[k]);
+      round_to(y[k], activate(z, f.activation));
+    }
+  }
+}
+
+// For all columns of the first `rows` rows, and activations that are clamps.
+template <class T, int ROWS, int COLUMNS>
+FR_INLINE void finish_whole(const Floats (&sum)[ROWS][COLUMNS], int64_t rows, const Finish<T>& f) {
+  Floats low, high;
+  limits(f.activation, &low, &high);
+  const T* residual = f.residual;
+#pragma GCC unroll 2
+  for (int j = 0; j < COLUMNS; ++j) {
+    const Floats scale = load(f.scale + j * kLanes), shift = load(f.shift + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      if (i >= rows) break;
+      const int64_t at = i * f.row + j * kLanes;
+      Floats z = sum[i][j] * scale + shift;
+      if (residual != nullptr) z += load(residual + at);
+      store(f.y + at, clamp(z, low, high));
     }
   }
 }
@@ -114,20 +163,7 @@ void tile(const Operands& o, const Finish<T>* f) {
     if (f != nullptr) finish_slowly(buffer, ROWS, kWidth, *f);
     return;
   }
-  Floats low, high;
-  limits(f->activation, &low, &high);
-  const T* residual = f->residual;
-#pragma GCC unroll 2
-  for (int j = 0; j < COLUMNS; ++j) {
-    const Floats scale = load(f->scale + j * kLanes), shift = load(f->shift + j * kLanes);
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) {
-      const int64_t at = i * f->row + j * kLanes;
-      Floats z = sum[i][j] * scale + shift;
-      if (residual != nullptr) z += load(residual + at);
-      store(f->y + at, clamp(z, low, high));
-    }
-  }
+  finish_whole(sum, ROWS, *f);
 }
 
 template <class T>

@@ -118,7 +118,7 @@ def test_the_pack_is_kept_while_nothing_changes(monkeypatch):
 
 @pytest.mark.parametrize("name", packed.METHODS)
 def test_fp32_weights_beside_bf16_data_are_rounded_as_autocast_does(name):
-    p = DENSE._replace(dtype="bf16")
+    p = DENSE._replace(dtype="bf16", K=DENSE.C, groups=DENSE.C // 4 if name == "grouped" else 1)
     o = inputs.make(p)
     wide = o._replace(weight=o.weight.float() * (1 + 2**-12))
     result = kernel.with_tile({"kernel": name})(p, wide)

@@ -1,5 +1,6 @@
 // Compiled once for every instruction set, with -DFR_ISA=its name: see convs.h.
 #include "cpu/direct.h"
+#include "cpu/grouped.h"
 #include "cpu/pool.h"
 #include "cpu/winograd.h"
 
@@ -11,8 +12,9 @@ namespace FR_ISA {
 
 template <class T>
 Convs<T> convs() {
-  return {FR_NAME(FR_ISA),   kLanes,     kRows, direct_scratch<T>, direct<T>, winograd_scratch<T>, winograd<T>,
-          winograd_input<T>, max_pool<T>};
+  return {
+      FR_NAME(FR_ISA),   kLanes,          kRows,      direct_scratch<T>, direct<T>, winograd_scratch<T>, winograd<T>,
+      winograd_input<T>, grouped_scratch, grouped<T>, max_pool<T>};
 }
 
 template Convs<float> convs<float>();

@@ -55,11 +55,27 @@ def default(problem: ConvProblem) -> dict[str, Any]:
 
 def _default(p: ConvProblem) -> str:
     able = [tile.kernel for tile in candidates(p)]
+    if "grouped" in able and ("onednn" not in able or _grouped_wins(p)):
+        return "grouped"  # never "direct", which takes 3 to 500 times as long
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return able[0]  # no other processor has been measured
     plain = "direct" if "direct" in able and ("onednn" not in able or _direct_wins(p)) else able[0]
     ways = [plain, *(name for name in packed.WINOGRAD if name in able)]
     return min(ways, key=lambda name: _cost(p, name))
+
+
+def _grouped_wins(p: ConvProblem) -> bool:
+    """Where ours was faster than oneDNN on one Zen 5 core: groups of 4 (1.6 to 3 x), and of 8 in fp32 (1.5 to 2 x).
+
+    Depthwise it was so for single images of 14x14 and 7x7 alone (1.1 to 1.5 x, most of it the call), at larger sizes
+    and batches oneDNN is up to 2 x faster; as it is in bf16 for groups of 8 (1.0 to 1.2 x), and of 16 always (1.3 x).
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False  # no other processor has been measured
+    channels = p.C // p.groups
+    if channels == 1:
+        return p.stride == (1, 1) and p.N * p.P * p.Q <= 196 and p.flops <= 2.1e6
+    return channels in (2, 4) or p.dtype == "fp32"
 
 
 def _direct_wins(p: ConvProblem) -> bool:

@@ -1,8 +1,8 @@
 """conv + BN + residual + activation by the native library's own kernels, with weights that it packs once.
 
 `direct` multiplies patches, `winograd2` and `winograd4` are Winograd's F(2x2, 3x3) and F(4x4, 3x3), which multiply 2.25
-and 4 times less and always in fp32. The norm stays out of the weights: sums are scaled and shifted in fp32, the
-residual is added and the result rounded once, all in registers.
+and 4 times less and always in fp32; `grouped` takes groups of few channels, and adds in fp32. The norm stays out of the
+weights: sums are scaled and shifted in fp32, the residual is added and the result rounded once, all in registers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from fused_resnet.problem import ConvOperands, ConvProblem
 from fused_resnet.settings import setting
 
 WINOGRAD = ("winograd4", "winograd2")
-METHODS = ("direct", *WINOGRAD)
+METHODS = ("direct", *WINOGRAD, "grouped")
 LANES = 16  # of the widest vectors: channels in these multiples fit every processor's
+GROUPED = (1, 2, 4, 8)  # channels of a group
 UNIT = (1, 1)
 
 
@@ -33,6 +34,8 @@ def refuse(problem: ConvProblem, method: str) -> str | None:
             return "FUSED_RESNET_WINOGRAD=0 switches Winograd's algorithm off"
         if (p.R, p.S, p.stride, p.dilation, p.groups) != (3, 3, UNIT, UNIT, 1) or p.C % LANES or p.K % LANES:
             return f"Winograd's algorithm takes dense 3x3 kernels, stride 1, and channels in multiples of {LANES}"
+    if method == "grouped" and (p.C != p.K or p.C < LANES or p.C // p.groups not in GROUPED):
+        return f"grouped takes groups of {GROUPED} channels and as many filters, and at least {LANES} channels"
     return native.refusal("cpu")
 
 
