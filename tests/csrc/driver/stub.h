@@ -1,0 +1,133 @@
+// As much of libtorch's stable ABI as csrc/cpu/conv_packed.cpp asks for, so that it runs under sanitizers and on other
+// processors: every tensor is an allocation of exactly its size, threads are std::thread.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+namespace torch::headeronly {
+enum class ScalarType { Byte, Float, Double, BFloat16, Half };
+enum class MemoryFormat { ChannelsLast };
+}  // namespace torch::headeronly
+
+namespace torch::stable {
+
+using headeronly::ScalarType;
+
+inline int64_t bytes_of(ScalarType type) {
+  return type == ScalarType::Byte ? 1 : type == ScalarType::Float ? 4 : type == ScalarType::Double ? 8 : 2;
+}
+
+class Tensor {
+ public:
+  Tensor() = default;
+  // `offset` elements lie in front of the first, so that it is aligned as an element and no better.
+  Tensor(std::vector<int64_t> sizes, ScalarType type, bool channels_last, int64_t offset = 0)
+      : sizes_(std::move(sizes)), strides_(sizes_.size()), type_(type), offset_(offset * bytes_of(type)) {
+    const size_t d = sizes_.size();
+    std::vector<size_t> order(d);
+    for (size_t i = 0; i < d; ++i) order[i] = d - 1 - i;
+    if (channels_last) order = {1, 3, 2, 0};
+    for (size_t i : order) {
+      strides_[i] = numel_;
+      numel_ *= sizes_[i];
+    }
+    dense_ = !channels_last;
+    const auto bytes = static_cast<size_t>(numel_ * bytes_of(type) + offset_);
+    memory_ = allocate(bytes);
+    memset(memory_.get(), 0xff, bytes);  // NaN
+  }
+
+  int64_t dim() const { return static_cast<int64_t>(sizes_.size()); }
+  int64_t numel() const { return numel_; }
+  int64_t size(int64_t d) const { return sizes_[static_cast<size_t>(d)]; }
+  int64_t stride(int64_t d) const { return strides_[static_cast<size_t>(d)]; }
+  bool is_contiguous() const { return dense_; }
+  bool is_cpu() const { return true; }
+  bool is_cuda() const { return false; }
+  int get_device_index() const { return 0; }
+  int device() const { return 0; }
+  ScalarType scalar_type() const { return type_; }
+  const void* const_data_ptr() const { return mutable_data_ptr(); }
+  void* mutable_data_ptr() const { return static_cast<char*>(memory_.get()) + offset_; }
+
+ private:
+#if defined(__SANITIZE_ADDRESS__)
+  static std::shared_ptr<void> allocate(size_t bytes) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, bytes) != 0) std::abort();
+    return std::shared_ptr<void>(memory, std::free);
+  }
+#else  // up to 15 bytes in front of a page that nobody may touch
+  static std::shared_ptr<void> allocate(size_t bytes) {
+    constexpr size_t kPage = 65536;  // a multiple of every processor's
+    const size_t used = (bytes + 15) / 16 * 16, all = (used + kPage - 1) / kPage * kPage;
+    void* pages = mmap(nullptr, all + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (pages == MAP_FAILED || mprotect(static_cast<char*>(pages) + all, kPage, PROT_NONE) != 0) std::abort();
+    return std::shared_ptr<void>(static_cast<char*>(pages) + all - used, [=](void*) { munmap(pages, all + kPage); });
+  }
+#endif
+
+  std::vector<int64_t> sizes_, strides_;
+  ScalarType type_ = ScalarType::Byte;
+  int64_t offset_ = 0, numel_ = 1;
+  bool dense_ = true;
+  std::shared_ptr<void> memory_;
+};
+
+inline Tensor contiguous(const Tensor& t) {
+  return t;
+}
+
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, std::nullopt_t, int, std::nullopt_t,
+                    std::optional<headeronly::MemoryFormat> format) {
+  return Tensor(sizes, type, format.has_value());
+}
+
+inline int64_t threads = 1;
+
+inline int64_t get_num_threads() {
+  return threads;
+}
+
+template <class F>
+void parallel_for(int64_t first, int64_t last, int64_t, const F& f) {
+  const int64_t count = last - first, parts = std::min(threads, count);
+  std::vector<std::thread> pool;
+  for (int64_t i = 1; i < parts; ++i)
+    pool.emplace_back([&, i] { f(first + count * i / parts, first + count * (i + 1) / parts); });
+  if (parts > 0) f(first, first + count / parts);
+  for (std::thread& thread : pool) thread.join();
+}
+
+struct Library {
+  template <class F>
+  void impl(const char*, const F&) {}
+};
+
+}  // namespace torch::stable
+
+#define STD_TORCH_CHECK(condition, ...)   \
+  if (!(condition)) {                     \
+    std::ostringstream text;              \
+    stub_write(text, __VA_ARGS__);        \
+    throw std::runtime_error(text.str()); \
+  }
+#define STABLE_TORCH_LIBRARY_IMPL(name, key, m) \
+  [[maybe_unused]] static void register_##name##_##key(torch::stable::Library& m)
+#define TORCH_BOX(function) function
+
+template <class... Args>
+void stub_write(std::ostringstream& text, const Args&... args) {
+  (text << ... << args);
+}
