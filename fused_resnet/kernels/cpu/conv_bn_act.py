@@ -68,7 +68,7 @@ def _grouped_wins(p: ConvProblem) -> bool:
     """Where ours was faster than oneDNN on one Zen 5 core: groups of 4 (1.6 to 3 x), and of 8 in fp32 (1.5 to 2 x).
 
     Depthwise it was so for single images of 14x14 and 7x7 alone (1.1 to 1.5 x, most of it the call), at larger sizes
-    and batches oneDNN is up to 2 x faster; as it is in bf16 for groups of 8 (1.0 to 1.2 x), and of 16 always (1.3 x).
+    and batches oneDNN is up to 2 x faster; as it is in bf16 for groups of 8 (1.0 to 1.2 x), and of 16 (1.3 to 2.3 x).
     """
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False  # no other processor has been measured
