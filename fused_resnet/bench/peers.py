@@ -54,9 +54,26 @@ def build_openvino(model: nn.Module, sample: torch.Tensor) -> Call:
     """
     import openvino
 
-    precision = "bf16" if sample.dtype == torch.bfloat16 else "f32"
     network = openvino.convert_model(copy.deepcopy(model).float(), example_input=sample.float())
     network.reshape(list(sample.shape))
+    return _compiled(network, "bf16" if sample.dtype == torch.bfloat16 else "f32")
+
+
+def openvino_int8_reason(device: str, dtype: str) -> str | None:
+    """Why OpenVINO cannot run what ONNX Runtime has quantised, or None."""
+    return openvino_reason(device, "fp32") or _missing("onnxruntime", "onnx")
+
+
+def build_openvino_int8(model: nn.Module, sample: torch.Tensor) -> Call:
+    """The network that ONNX Runtime has quantised; what is left in float stays fp32."""
+    import openvino
+
+    return _compiled(openvino.Core().read_model(_quantised_onnx(model, sample)), "f32")
+
+
+def _compiled(network: Any, precision: str) -> Call:
+    import openvino
+
     compiled = openvino.Core().compile_model(network, "CPU", {
         "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY"})
@@ -78,13 +95,22 @@ def onnxruntime_reason(device: str, dtype: str) -> str | None:
 
     if device == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         return "this build of onnxruntime has no CUDA provider"
-    if device == "cpu" and dtype != "fp32":
+    if device == "cpu" and dtype not in ("fp32", "int8"):
         return f"ONNX Runtime's CPU provider has no {dtype} convolution"
     return None
 
 
 def build_onnxruntime(model: nn.Module, sample: torch.Tensor) -> Call:
     """Exports to ONNX in memory and opens a session with all graph optimisations."""
+    return _session(_onnx(model, sample), sample)
+
+
+def build_onnxruntime_int8(model: nn.Module, sample: torch.Tensor) -> Call:
+    """The same, quantised by ONNX Runtime."""
+    return _session(_quantised_onnx(model, sample), sample)
+
+
+def _session(network: bytes, sample: torch.Tensor) -> Call:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -93,13 +119,40 @@ def build_onnxruntime(model: nn.Module, sample: torch.Tensor) -> Call:
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     kind = "CUDAExecutionProvider" if sample.is_cuda else "CPUExecutionProvider"
-    session = onnxruntime.InferenceSession(_onnx(model, sample), options, providers=[kind])
+    session = onnxruntime.InferenceSession(network, options, providers=[kind])
     name = session.get_inputs()[0].name
 
     def call(batch: Any) -> torch.Tensor:
         return torch.from_numpy(session.run(None, {name: batch})[0])
 
     return call
+
+
+def _quantised_onnx(model: nn.Module, sample: torch.Tensor) -> bytes:
+    """QDQ by ONNX Runtime's static quantisation: uint8 activations, int8 weights by channel, calibrated on `sample`."""
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(quantization.CalibrationDataReader):
+        batches = iter([{"x": to_numpy(sample)}])
+
+        def get_next(self) -> Any:
+            return next(self.batches, None)
+
+    quiet = logging.getLogger()
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            stock, ready, done = (Path(folder) / name for name in ("stock.onnx", "ready.onnx", "int8.onnx"))
+            stock.write_bytes(_onnx(model, sample))
+            quant_pre_process(str(stock), str(ready))
+            quantization.quantize_static(
+                str(ready), str(done), Reader(), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
+                activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8)
+            return done.read_bytes()
+    finally:
+        quiet.setLevel(level)
 
 
 def _onnx(model: nn.Module, sample: torch.Tensor) -> bytes:
@@ -111,7 +164,7 @@ def _onnx(model: nn.Module, sample: torch.Tensor) -> bytes:
         with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
             warnings.simplefilter("ignore")
             path = Path(folder) / "model.onnx"
-            torch.onnx.export(copy.deepcopy(model), (sample,), path, dynamo=False)
+            torch.onnx.export(copy.deepcopy(model), (sample,), path, dynamo=False, input_names=["x"])
             return path.read_bytes()
     finally:
         quiet.setLevel(level)

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_resnet import backends
+from fused_resnet import backends, native
 from fused_resnet.bench import peers
 from fused_resnet.bench.stock import in_memory_format
 from fused_resnet.fusing import fuse, report
+from fused_resnet.fusing.quantize import quantize
 
 Call = Callable[[Any], Any]
 
@@ -52,6 +53,10 @@ class Provider:
     own_graphs: bool = False  # on CUDA it replays graphs of its own
     mode: str = "inference"
     forced: str | None = None  # training: the backend that our kernels have to be of
+
+    def takes(self, dtype: str) -> bool:
+        """Whether its rows are of this dtype: quantised models have rows of their own, beside eager ones in fp32."""
+        return (dtype == "int8") is self.name.endswith("_int8") or self.name.startswith("eager")
 
     @property
     def ours(self) -> bool:
@@ -112,6 +117,18 @@ class Fused:
     def backend(self) -> str:
         """The forced backend, else those that the report names, most frequent first."""
         return self.forced or fused_backends(self.model)
+
+
+class FusedInt8(Fused):
+    """A quantised copy of a model, calibrated on the first batch."""
+
+    def __init__(self, model: nn.Module, sample: torch.Tensor) -> None:
+        self.model = quantize(model, sample, memory_format=torch.channels_last)
+        self.forced = None
+
+
+def _int8_reason(device: str, dtype: str) -> str | None:
+    return "quantised models run on the CPU" if device != "cpu" else native.refusal("cpu")
 
 
 def _fused_in_training(recompute: bool | None) -> Callable[[nn.Module, torch.Tensor], Call]:
@@ -175,6 +192,10 @@ PROVIDERS = {p.name: p for p in (
     Provider("compile", _compiled(), _needs_compiler, channels_last, 9.0, False),
     Provider("compile_max_autotune", _compiled(mode="max-autotune"), _needs_cuda, channels_last, 90.0,
              capturable=False, own_graphs=True),
+    Provider("fused_int8", FusedInt8, _int8_reason, channels_last, 2.0),
+    Provider("onnxruntime_int8", peers.build_onnxruntime_int8, peers.onnxruntime_reason, peers.to_numpy, 8.0, False,
+             False),
+    Provider("openvino_int8", peers.build_openvino_int8, peers.openvino_int8_reason, peers.to_numpy, 9.0, False, False),
     *(Provider(f"fused_{name}", _fused(name), _backend_reason(name), channels_last)
       for name in backends.NAMES if name != "reference"),
 )}
@@ -214,8 +235,9 @@ def select(names: list[str] | None, device: str, mode: str = "inference") -> lis
         return [here[name] for name in here if name in names]
     if mode == "training":
         return [p for p in TRAINING.values() if p.forced is None or p.reason(device, "fp32") is None]
-    forced = [p for p in PROVIDERS.values() if p.ours and p.name != "fused" and p.reason(device, "fp32") is None]
-    return [p for p in PROVIDERS.values() if not (p.ours and p.name != "fused") or (p in forced and len(forced) > 1)]
+    always = ("fused", "fused_int8")
+    forced = [p for p in PROVIDERS.values() if p.ours and p.name not in always and p.reason(device, "fp32") is None]
+    return [p for p in PROVIDERS.values() if not p.ours or p.name in always or (p in forced and len(forced) > 1)]
 
 
 def forget_compiled() -> None:

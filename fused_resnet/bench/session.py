@@ -87,7 +87,7 @@ def jobs(models: Sequence[str], batches: Sequence[int], dtypes: Sequence[str], d
     large_first = sorted(set(batches), reverse=True)
     rank = {Job(m, b, d, dev, mode): (large_first.index(b) + list(dtypes).index(d), list(devices).index(dev))
             for b in large_first for d in dtypes for dev in devices for mode in modes for m in models
-            if mode == "inference" or d != "fp16" and b > 1}
+            if mode == "inference" or d not in ("fp16", "int8") and b > 1}
     return sorted(rank, key=lambda job: rank[job])
 
 
@@ -105,7 +105,7 @@ class Inference:
     def __init__(self, job: Job, model: nn.Module, images: torch.Tensor) -> None:
         self.job = job
         self.model = copy.deepcopy(model).to(job.device, numerics.DTYPES[job.dtype]).eval()
-        image_bytes = images[0].numel() * (4 if job.dtype in ("fp32", "tf32") else 2)
+        image_bytes = images[0].numel() * numerics.DTYPES[job.dtype].itemsize
         count = timing.pool_size(job.batch * image_bytes, job.device)
         self.pool = [b.to(job.device, numerics.DTYPES[job.dtype]) for b in
                      pictures.batches(images, job.batch, count)]
@@ -177,7 +177,7 @@ class Session:
         self.tell(f"{job}: fp64 reference", 0.0)
         work = work_of(job, self.models[job.model], self.images)
         group = Group(job, [], {})
-        providers = [p for p in self.providers if p.mode == job.mode]
+        providers = [p for p in self.providers if p.mode == job.mode and p.takes(job.dtype)]
         with work.running():
             flops = work.reference()
             for index, provider in enumerate(providers):
@@ -319,5 +319,5 @@ def one_line(error: BaseException) -> str:
 
 def _fill(group: Group, flops: int, peak: float) -> None:
     for entry in group.entries:
-        if entry.row.ms_p50:
+        if entry.row.ms_p50 and entry.row.dtype != "int8":  # whose peak no operator of PyTorch's reaches
             entry.row = replace(entry.row, roofline_share=flops / entry.row.ms_p50 / 1e6 / peak)

@@ -30,7 +30,8 @@ def bench(
     batch: Annotated[str, typer.Option(help="comma-separated batch sizes")] = "1,8",
     mode: Annotated[str, typer.Option(help="comma-separated: inference, training; or all. A training step is forward, "
                                       "cross-entropy, backward, SGD with momentum; 16 bits by autocast")] = "inference",
-    dtype: Annotated[str, typer.Option(help="comma-separated: fp32, tf32, bf16, fp16",
+    dtype: Annotated[str, typer.Option(help="comma-separated: fp32, tf32, bf16, fp16; or int8 on a CPU, "
+                                       "quantised on the pictures",
                                        autocompletion=options.complete_dtypes)] = "fp32,bf16",
     device: options.Device = None,
     provider: Annotated[str | None, typer.Option(help="comma-separated; default: all that are available",
@@ -70,7 +71,7 @@ def bench(
     where = console.device_of(device)
     modes = list(MODES) if mode == "all" else console.choices(mode, MODES, "--mode")
     chosen = [p for each in modes for p in providers.select(console.split(provider) or None, where, each)]
-    todo, batches = console.choices(dtype, console.DTYPES, "--dtype"), console.numbers(batch, "--batch")
+    todo, batches = console.choices(dtype, (*console.DTYPES, "int8"), "--dtype"), console.numbers(batch, "--batch")
     built = _models(console.split(model), weights)
     work = session.jobs(list(built), batches, todo, [where], modes)
     if not work:

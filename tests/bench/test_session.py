@@ -210,3 +210,12 @@ def profiled(call):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
         call()
     return {event.key for event in recorded.key_averages()}
+
+
+def test_quantised_providers_have_rows_of_their_own():
+    """Beside eager ones, whose fp32 is the yardstick; no row of another dtype has them."""
+    names = {dtype: {p.name for p in providers.select(None, "cpu") if p.takes(dtype)} for dtype in ("fp32", "int8")}
+    quantised = {"fused_int8", "onnxruntime_int8", "openvino_int8"}
+    assert names["int8"] == {"eager", "eager_channels_last", *quantised} and not names["fp32"] & quantised
+    assert providers.PROVIDERS["fused_int8"].reason("cuda", "int8")
+    assert not session.jobs(["m"], [8], ["int8"], ["cpu"], ["training"])
