@@ -17,7 +17,7 @@ import torch
 from benchmarks import ground, steps
 from benchmarks.layers import Rows, family, key, network, operands, rated, searched
 from benchmarks.sheet import Job
-from benchmarks.ways import PROVIDERS, compiled, promising, proven
+from benchmarks.ways import PROVIDERS, PYTORCHS, compiled, promising, proven
 from fused_resnet import backends, tuner
 from fused_resnet.bench.session import precision
 from fused_resnet.problem import ConvProblem
@@ -37,15 +37,16 @@ TRAINING_VALUE = 34.95
 
 
 def tune_one(problem: ConvProblem, tiles: Sequence[Any], seconds: float, avoid: Sequence[dict[str, Any]] = ()) -> Rows:
-    """Stock, cuDNN and `tiles` in the same rounds, with the share of the roofline; the fastest gets "winner".
+    """Stock, cuDNN, `tiles` and our kernels without any in the same rounds; the fastest gets "winner".
 
-    A kernel of ours without tiles is measured, too.
+    Each row has its share of the roofline.
     """
     end, order = time.monotonic() + seconds, [asdict(tile) for tile in tiles]
     with torch.no_grad(), precision(problem.dtype), searched():
         given, ways = operands(problem), list[tuner.Candidate]()
-        known = [way for way in tuner.candidates(family(problem), problem) if way.tile is None or way.tile in order]
-        for way in sorted(known, key=lambda w: order.index(w.tile) if w.tile else -1):
+        known = [way for way in tuner.candidates(family(problem), problem)
+                 if way.backend in PYTORCHS or way.tile is None or way.tile in order]
+        for way in sorted(known, key=lambda w: order.index(w.tile) if w.tile in order else -1):
             late = time.monotonic() > end - (1 - PROVING) * seconds and any(w.tile for w in ways)
             if not late and (yield from proven(way, problem, given, avoid)):
                 ways.append(way)

@@ -104,7 +104,7 @@ def test_bench_takes_the_users_weights_and_pictures(run, tmp_path):
     (["bench", "--model", "hub:resnet18"], "cannot read the model 'hub:resnet18'"),
     (["bench", "--batch", "0"], "--batch takes positive whole numbers"),
     (["bench", "--batch", "one"], "--batch takes positive whole numbers separated by commas, got 'one'"),
-    (["bench", "--dtype", "fp23"], "--dtype takes fp32, tf32, bf16, fp16, got 'fp23'"),
+    (["bench", "--dtype", "fp23"], "--dtype takes fp32, tf32, bf16, fp16, int8, got 'fp23'"),
     (["bench", "--provider", "eagre"], "unknown provider 'eagre'"),
     (["bench", "--device", "tpu"], "--device takes cpu or cuda, got 'tpu'"),
     (["bench", "--threads", "0"], "--threads takes a positive number"),
