@@ -22,8 +22,8 @@ from fused_resnet.bench.stock import plain
 from fused_resnet.cli import datasets
 from fused_resnet.cli.processes import Processes
 from fused_resnet.cli.recipe import Recipe
-from fused_resnet.cli.train import variant
 from fused_resnet.cli.trainer import Trainer
+from fused_resnet.cli.work.train import variant
 from tests.fusing.pairs import BRANCH, nodes
 
 EXACT = 1e-10

@@ -16,9 +16,10 @@ pytest.importorskip("sklearn")
 from fused_resnet import models
 from fused_resnet import nn as ours
 from fused_resnet.bench.stock import plain
-from fused_resnet.cli import app, datasets, train
+from fused_resnet.cli import app, datasets
 from fused_resnet.cli.processes import Processes
 from fused_resnet.cli.recipe import Recipe
+from fused_resnet.cli.work.train import variant
 
 pytestmark = pytest.mark.skipif(not distributed.is_available() or not distributed.is_gloo_available(), reason="no Gloo")
 COUNT = 2
@@ -163,4 +164,4 @@ def test_torchrun_says_a_mistake_once(tmp_path):
 def test_stock_norms_on_a_cpu_are_not_taken_for_joint_ones():
     recipe = Recipe(depth=8, sync_bn=True, processes=2)
     with pytest.raises(ValueError, match="--sync-bn on a CPU needs blocks of fused_resnet"):
-        train.variant(recipe, datasets.load("digits", 8), "stock", Processes(0, 2, "cpu"))
+        variant(recipe, datasets.load("digits", 8), "stock", Processes(0, 2, "cpu"))

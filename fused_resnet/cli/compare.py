@@ -16,7 +16,7 @@ SPARE = ("interval", "old ms", "new ms")  # columns that a narrow terminal goes 
 DRIFT = 0.03  # of the stock rows, from which on the machine is said to have changed
 
 
-def run(files: tuple[Path, Path], providers: list[str], fail_slower: float | None, as_json: bool, quiet: bool) -> int:
+def run(files: tuple[Path, Path], providers: str | None, fail_slower: float | None, as_json: bool, quiet: bool) -> int:
     """Prints the comparison.
 
     Returns:
@@ -24,7 +24,7 @@ def run(files: tuple[Path, Path], providers: list[str], fail_slower: float | Non
         timed in the old file and is wrong or failed in the new one; else 0.
     """
     old, new = (results.load(path) for path in files)
-    found = rule.compare(old, new, providers)
+    found = rule.compare(old, new, console.split(providers))
     slower = [] if fail_slower is None else [c for c in found.changes if c.slower_than(fail_slower)]
     if as_json:
         console.emit({"old": str(files[0]), "new": str(files[1]), **found.to_dict(),

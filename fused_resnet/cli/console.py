@@ -17,8 +17,7 @@ from rich.table import Table
 
 from fused_resnet import backends, numerics
 from fused_resnet.bench import results
-
-DTYPES = ("fp32", "tf32", "bf16", "fp16")
+from fused_resnet.cli import words
 
 UNBOUNDED = 10_000
 PIPE_WIDTH = 150  # a pipe or a log has no width of its own; tables are read there too
@@ -99,20 +98,20 @@ def device_of(name: str | None) -> str:
     except ValueError as error:
         raise ValueError(f"{error}; move it away, or name another folder in FUSED_RESNET_CACHE_DIR") from error
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"--device takes cpu or cuda, got {name!r}")
+    if name not in words.DEVICES:
+        raise ValueError(f"--device takes {' or '.join(words.DEVICES)}, got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device is visible to PyTorch")
     return name
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The torch dtype of `fp32`, `bf16` or `fp16`; TF32 is no dtype, but a way to multiply fp32.
+    """The torch dtype of one of `words.TENSORS`.
 
     Raises:
         ValueError: another name.
     """
-    return numerics.DTYPES[choices(name, tuple(d for d in DTYPES if d != "tf32"), "--dtype")[0]]
+    return numerics.DTYPES[choices(name, words.TENSORS, "--dtype")[0]]
 
 
 def writable(folder: Path) -> Path:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import platform
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
-import fused_resnet
-from fused_resnet import backends, native
-from fused_resnet.bench import providers, results
-from fused_resnet.cli import console, options
-from fused_resnet.tuning import Cache
+from fused_resnet import __version__
+from fused_resnet.cli import options
+
+if TYPE_CHECKING:
+    from fused_resnet.tuning import Cache
 
 SETTINGS = ("BACKEND", "DISABLE", "SELF_CHECK", "CACHE_DIR", "SKIP_LOADING")
 
@@ -22,6 +21,8 @@ def env(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="leave out what is not there or not set")] = False,
 ) -> None:
     """Prints versions, processor, backends, providers and caches; paste it into a bug report."""
+    from fused_resnet.cli import console
+
     gathered = gather()
     if quiet:
         gathered = {section: {key: value for key, value in values.items() if value is not None}
@@ -38,13 +39,18 @@ def env(
 
 def gather() -> dict[str, dict[str, object]]:
     """The report as sections of key and value."""
+    import torch
+
+    from fused_resnet import backends, native
+    from fused_resnet.bench import providers, results
+
     machine = results.describe_environment()
     packages = machine.pop("packages")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reasons = {name: provider.reason(device, "fp32") for name, provider in providers.PROVIDERS.items()}
     cache = backends.cache()
     return {
-        "fused_resnet": {"version": fused_resnet.__version__, "commit": results.commit() or None,
+        "fused_resnet": {"version": __version__, "commit": results.commit() or None,
                          "machine": platform.machine(), "results folder": results.machine_slug()},
         "environment": machine,
         "packages": packages,

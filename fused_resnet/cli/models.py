@@ -17,11 +17,8 @@ from torch import nn
 
 from fused_resnet import models
 from fused_resnet.bench.stock import plain
+from fused_resnet.cli.words import MODELS, SOURCES, ZOOS
 from fused_resnet.testing.shim import torchvision_shim
-
-HELP = "a model of fused_resnet.models, cifar_resnetDEPTH, torchvision:NAME, timm:NAME, or path.py:factory"
-ZOOS = {"torchvision": "torchvision.models", "timm": "timm"}
-BUILDERS = tuple(name for name in models.__all__ if name.islower() and name != "cifar_resnet")
 
 
 def resolve(spec: str, seed: int = 0) -> tuple[str, nn.Module]:
@@ -42,7 +39,7 @@ def resolve(spec: str, seed: int = 0) -> tuple[str, nn.Module]:
     elif source.endswith(".py"):
         model = _file(Path(source), name)
     else:
-        raise ValueError(f"cannot read the model {spec!r}: expected {HELP}")
+        raise ValueError(f"cannot read the model {spec!r}: expected {SOURCES}")
     return name, model.float().eval()
 
 
@@ -50,9 +47,9 @@ def _ours(name: str) -> tuple[str, nn.Module]:
     cifar = re.fullmatch(r"cifar_resnet(\d+)", name)
     if cifar:
         return name, plain(models.cifar_resnet(int(cifar.group(1)))).eval()
-    if name not in BUILDERS:
-        raise ValueError(f"unknown model {name!r}{_near(name, BUILDERS)}: expected {HELP}; ours are "
-                         f"{', '.join(BUILDERS)}")
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}{_near(name, MODELS)}: expected {SOURCES}; ours are "
+                         f"{', '.join(MODELS)}")
     return name, plain(getattr(models, name)()).eval()
 
 

@@ -1,4 +1,4 @@
-"""Options that several commands take, and the words that a shell completes for them."""
+"""Options that several commands take, and how a shell completes them: as `words`, without torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from typing import Annotated
 
 import typer
 
-from fused_resnet.bench import providers
-from fused_resnet.cli import console, models
+from fused_resnet.cli import words
 
-CIFAR = tuple(f"cifar_resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110))
-ZOOS = ("torchvision:", "timm:")
+
+def _one(known: Callable[[str], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Completes a word."""
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in known(incomplete) if word.startswith(incomplete)]
+
+    return complete
 
 
 def _listed(known: Callable[[str], Iterable[str]]) -> Callable[[str], list[str]]:
@@ -25,33 +29,30 @@ def _listed(known: Callable[[str], Iterable[str]]) -> Callable[[str], list[str]]
 
 
 def model_names(last: str) -> list[str]:
-    """Of ours; of a zoo once its prefix is typed, where it is installed."""
-    zoo = last.partition(":")[0]
-    if f"{zoo}:" not in ZOOS or ":" not in last:
-        return [*models.BUILDERS, *CIFAR, *ZOOS]
+    """Of ours; of a zoo once its prefix is typed, where it is installed: that loads the zoo, and torch with it."""
+    zoo, colon, _ = last.partition(":")
+    if not colon or zoo not in words.ZOOS:
+        return [*words.MODELS, *words.CIFAR, *(f"{prefix}:" for prefix in words.ZOOS)]
+    from fused_resnet.cli import models
+
     with contextlib.suppress(ValueError):
         return [f"{zoo}:{name}" for name in models.zoo(zoo)]
     return []
 
 
+complete_model = _one(model_names)
 complete_models = _listed(model_names)
-complete_dtypes = _listed(lambda last: console.DTYPES)
-complete_providers = _listed(lambda last: providers.PROVIDERS)
-
-
-def complete_devices(incomplete: str) -> list[str]:
-    return [name for name in ("cpu", "cuda") if name.startswith(incomplete)]
-
-
-def complete_dtype(incomplete: str) -> list[str]:
-    """Of a command that takes one; TF32 is no dtype of tensors."""
-    return [name for name in console.DTYPES if name.startswith(incomplete) and name != "tf32"]
-
+complete_device = _one(lambda last: words.DEVICES)
+complete_dtype = _one(lambda last: words.TENSORS)
+complete_dtypes = _listed(lambda last: words.DTYPES)
+complete_benched = _listed(lambda last: words.BENCHED)
+complete_providers = _listed(lambda last: words.PROVIDERS)
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no notes")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout and nothing else; notes go to stderr")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one",
-                                            autocompletion=complete_devices)]
-Model = Annotated[str, typer.Option(help=models.HELP, autocompletion=complete_models)]
+                                            autocompletion=complete_device)]
+Model = Annotated[str, typer.Option(help=words.SOURCES, autocompletion=complete_model)]
 Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16", autocompletion=complete_dtype)]
+Size = Annotated[int, typer.Option(help="edge of the input in pixels", min=8)]
 Threads = Annotated[int | None, typer.Option(help="PyTorch's thread count")]

@@ -8,6 +8,7 @@ from fused_resnet.bench import layers, results
 from fused_resnet.bench.layers import Ceilings
 from fused_resnet.bench.session import Job
 from fused_resnet.cli import bench as command
+from fused_resnet.cli.work import bench as work
 from tests.test_graphs import Fake
 
 CEILINGS = Ceilings(gflops=100.0, gbytes=10.0)
@@ -74,7 +75,7 @@ def test_on_a_gpu_every_backend_stands_beside_the_choice(tiny, monkeypatch):
         assert list(layer.by_backend) == ["cpu", "reference"] and layer.by_backend["reference"] > layer.row.ms_p50
         assert layer.row.vs_stock == pytest.approx(1.5)
         assert [row.provider for row in layer.rivals] == ["eager_channels_last"]
-    table = command.layer_table(JOB, found, CEILINGS)
+    table = work.layer_table(JOB, found, CEILINGS)
     assert [column.header for column in table.columns][-2:] == ["cpu ms", "reference ms"]
 
 
@@ -93,4 +94,4 @@ def test_the_command_writes_rows_beside_those_of_models(tmp_path, monkeypatch, c
 def test_an_unfused_model_has_an_empty_table():
     job = Job("none", 1, "fp32", "cpu")
     assert layers.measure(job, torch.nn.Flatten().eval(), torch.randn(1, 3, 4, 4), CEILINGS, 0.0) == []
-    assert command.layer_table(job, [], CEILINGS).caption == "nothing was fused"
+    assert work.layer_table(job, [], CEILINGS).caption == "nothing was fused"

@@ -12,7 +12,7 @@ from fused_resnet import nn as ours
 from fused_resnet.bench import providers, session, stock
 from fused_resnet.bench.providers import PROVIDERS, Provider
 from fused_resnet.bench.session import Job
-from fused_resnet.cli import bench as command
+from fused_resnet.cli.work import bench as work
 from tests.test_graphs import Fake
 
 
@@ -87,7 +87,7 @@ def test_providers_run_with_and_without_a_graph(tiny, images, recorder):
         ("host", False)]
     assert all(row.status == "ok" and row.ms_p50 > 0 and row.rel_error < 1e-5 for row in group.rows)
     assert recorder.recordings == 3 and len({row.label for row in group.rows}) == 7
-    shown = command.table(group)
+    shown = work.table(group)
     assert {name.partition(" (")[0] for name in shown.columns[0].cells} == {row.label for row in group.rows}
     assert shown.caption == "a row with a graph: x the best eager row with a graph"
 

@@ -18,6 +18,7 @@ from fused_resnet.bench.session import Job
 from fused_resnet.bench.steps import saved_bytes
 from fused_resnet.bench.training import Step, Training
 from fused_resnet.cli import bench as command
+from fused_resnet.cli.work import bench as work
 
 NAMES = ["eager", "eager_channels_last", "fused", "fused_recompute"]
 
@@ -48,7 +49,7 @@ def test_a_group_holds_complete_rows(tiny, images, dtype, tmp_path):
     cast = " autocast" if dtype == "bf16" else ""
     text = tables.section([path])
     assert f"tiny, {dtype}{cast}, batch 4, training:" in text and "saved MB" in text
-    assert "saved MB" in [column.header for column in command.table(group).columns]
+    assert "saved MB" in [column.header for column in work.table(group).columns]
 
 
 def test_the_first_gradients_of_stock_are_the_judge(tiny, images):

@@ -1,4 +1,4 @@
-"""What every command has in common: JSON alone on stdout, pages, trees, completion, terminals of every width."""
+"""What every command has in common: JSON alone on stdout, pages, trees, terminals of every width."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fused_resnet import fusing, models, timing
 from fused_resnet.bench.stock import plain
-from fused_resnet.cli import app, console, options
+from fused_resnet.cli import app, console
 from fused_resnet.cli import tree as network
 
 MODEL = ["--model", "cifar_resnet8", "--size", "32"]
@@ -135,26 +135,3 @@ def test_what_is_no_terminal_gets_no_colours(run, monkeypatch):
         monkeypatch.setattr(console, "out", out)
         run("inspect", *MODEL)
         assert ("\x1b[32m" in out.file.getvalue()) == found
-
-
-def test_words_are_completed():
-    assert options.complete_models("resnet1") == ["resnet18", "resnet101", "resnet152"]
-    assert "cifar_resnet20" in options.complete_models("ci") and "timm:" in options.complete_models("")
-    assert options.complete_models("resnet18,resnet3") == ["resnet18,resnet34"]
-    assert options.complete_models("nowhere:") == [] and options.complete_dtypes("fp32,b") == ["fp32,bf16"]
-    assert options.complete_dtype("") == ["fp32", "bf16", "fp16"] and options.complete_devices("c") == ["cpu", "cuda"]
-    assert "fused" in options.complete_providers("fu")
-
-
-def test_models_of_a_zoo_are_completed():
-    pytest.importorskip("torchvision")
-    assert "torchvision:resnet18" in options.complete_models("torchvision:resnet1")
-
-
-def test_a_shell_completes_models(monkeypatch, capsys):
-    for name, value in {"_FUSED_RESNET_COMPLETE": "complete_bash", "COMP_CWORD": "3",
-                        "COMP_WORDS": "fused-resnet inspect --model resnet1"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit):
-        app.run([])
-    assert capsys.readouterr().out.split() == ["resnet18", "resnet101", "resnet152"]
