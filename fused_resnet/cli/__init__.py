@@ -19,8 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         code = run(arguments)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] not in NEEDS:
+        package = (error.name or "").partition(".")[0]
+        if package not in NEEDS:
             raise
-        print(f"fused-resnet: the command line needs {error.name}: pip install 'fused_resnet[cli]'", file=sys.stderr)
+        print(f"fused-resnet: the command line needs {package}: pip install 'fused_resnet[cli]'", file=sys.stderr)
         sys.exit(2)
     sys.exit(code)

@@ -202,9 +202,10 @@ def test_help_and_no_arguments(run):
     assert "--budget" in run("bench", "--help")[1]
 
 
-def test_without_the_extra_there_is_one_sentence():
-    program = ("import sys; sys.modules['typer'] = None\n"
+@pytest.mark.parametrize("package", ["typer", "rich"])  # needed at once, and by a command
+def test_without_the_extra_there_is_one_sentence(package):
+    program = (f"import sys; sys.modules['{package}'] = None\n"
                "from fused_resnet.cli import main\nmain(['env'])")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.strip() == "fused-resnet: the command line needs typer: pip install 'fused_resnet[cli]'"
+    assert done.stderr.strip() == f"fused-resnet: the command line needs {package}: pip install 'fused_resnet[cli]'"
