@@ -82,7 +82,7 @@ def test_help_and_mistakes_do_not_wait_for_torch(arguments, code, said):
 def test_the_last_word_of_a_list_is_completed():
     assert options.complete_models("resnet18,resnet3") == ["resnet18,resnet34"]
     assert options.complete_model("resnet18,resnet3") == [] and options.complete_model("nowhere:") == []
-    assert options.complete_device("c") == ["cpu", "cuda"]
+    assert options.complete_device("") == ["cpu", "cuda"] and options.complete_device("cu") == ["cuda"]
 
 
 def test_models_of_a_zoo_are_completed():
