@@ -24,6 +24,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet, m) {
   m.def(
       "_conv_pack(Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var, float eps, "
       "int[2] dilation, int groups, str method, str isa='') -> Tensor");
+  m.def("_image(Tensor x, int channels, int height, int width) -> Tensor");  // uninitialised, for _conv_packed
   m.def(
       "_conv_packed(Tensor(a!) y, Tensor x, Tensor pack, Tensor? residual, int[2] kernel, int[2] stride, "
       "int[2] padding, int[2] dilation, int groups, str activation, str method) -> ()");

@@ -174,6 +174,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "_bn_act": _fake_bn_act, "_bn_act_sums": _fake_bn_act_sums, "_bn_act_grad": _fake_bn_act_grad,
     "_conv_bn_act": _fake_conv_bn_act, "_stem": _fake_stem,
     "_conv_pack": _fake_conv_pack, "_conv_packed": lambda y, *rest: None,
+    "_image": lambda x, *sizes: _image(x, x.shape[0], *sizes),
     "_bn_finalise": _fake_bn_finalise,
     "_conv_int8_pack": _fake_conv_int8_pack, "_conv_int8": _fake_conv_int8, "_quantize": _fake_quantize,
     "_max_pool": _fake_max_pool}

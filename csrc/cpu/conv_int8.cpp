@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cpu/int8.h"
+#include "cpu/memory.h"
 #include "cpu/parts.h"
 #include "cpu/pick.h"
 
@@ -119,7 +120,7 @@ Tensor conv_int8(const Tensor& x, const Tensor& pack, const Maybe& residual, con
                   "the weights were packed for another convolution or processor");
   const Int8s& own = int8s()[header.isa];
   const int64_t filter_rows = padded(s.K, own.lanes);
-  const Tensor y = make({s.N, s.K, s.P, s.Q}, narrow ? ScalarType::Byte : ScalarType::Float, x, true);
+  const Tensor y = make_image(s.N, s.K, s.P, s.Q, narrow ? ScalarType::Byte : ScalarType::Float, x);
   const bool residual_narrow = residual.has_value() && residual->scalar_type() == ScalarType::Byte;
   if (residual.has_value()) {
     STD_TORCH_CHECK(residual_narrow || residual->scalar_type() == ScalarType::Float, "residual must be uint8 or fp32");
@@ -145,7 +146,9 @@ Tensor conv_int8(const Tensor& x, const Tensor& pack, const Maybe& residual, con
   const int64_t rows = pixels(s), tile = own.rows, row_bytes = 4 * header.depth;
   if (rows * s.K == 0) return y;
   const int64_t most = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(row_bytes, 1) / tile, 1, 16) * tile;
-  const Grid grid = grid_of(rows, ceil_div<int64_t>(s.K, 2 * own.lanes), most, 2 * tile);
+  const int64_t panels = ceil_div<int64_t>(s.K, 2 * own.lanes);
+  const Grid grid =
+      in_strips(s) ? grid_of(rows, panels, strip_rows(s, tile), tile) : grid_of(rows, panels, most, 2 * tile);
   run_parts(grid, [&](const Part& part) { own.conv(run, part, scratch(own.scratch(s, part))); });
   return y;
 }
@@ -154,7 +157,7 @@ Tensor quantize(const Tensor& x, double inverse, int64_t zero) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && is_channels_last(x),
                   "x must be fp32 in channels_last memory");
   STD_TORCH_CHECK(is_byte(zero), "zero = ", zero, " is no uint8");
-  const Tensor y = make({x.size(0), x.size(1), x.size(2), x.size(3)}, ScalarType::Byte, x, true);
+  const Tensor y = make_image(x.size(0), x.size(1), x.size(2), x.size(3), ScalarType::Byte, x);
   torch::stable::parallel_for(0, x.numel(), 1 << 15, [&](int64_t first, int64_t last) {
     int8s()[0].quantize(data<float>(x) + first, last - first, static_cast<float>(inverse), static_cast<int32_t>(zero),
                         data_out<uint8_t>(y) + first);
@@ -167,35 +170,21 @@ Tensor max_pool(const Tensor& x, const Sizes& kernel, const Sizes& stride, const
   STD_TORCH_CHECK(kernel.size() == 2, "kernel is a pair");
   const ConvShape s = conv_sizes(x, {x.size(1), x.size(1), kernel[0], kernel[1]}, stride, padding, {1, 1}, 1);
   STD_TORCH_CHECK(2 * s.pad_h <= s.R && 2 * s.pad_w <= s.S, "padding may be half of the kernel at most");
-  const Tensor y = make({s.N, s.C, s.P, s.Q}, x.scalar_type(), x, true);
+  const Tensor y = make_image(s.N, s.C, s.P, s.Q, x.scalar_type(), x);
   const auto rows = [&](const auto& row) {
     torch::stable::parallel_for(0, int64_t{s.N} * s.P, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) row(i / s.P, static_cast<int32_t>(i % s.P));
     });
   };
-  const auto pool_floats = [&](auto element) {
+  const auto pool = [&](const auto& own, auto element) {
     using T = decltype(element);
-    rows([&](int64_t n, int32_t p) { convs<T>()[0].max_pool(s, data<T>(x), data_out<T>(y), n, p); });
+    rows([&](int64_t n, int32_t p) { own.max_pool(s, data<T>(x), data_out<T>(y), n, p); });
     return y;
   };
-  if (x.scalar_type() == ScalarType::Float) return pool_floats(float{});
-  if (x.scalar_type() == ScalarType::BFloat16) return pool_floats(bf16{});
+  if (x.scalar_type() == ScalarType::Float) return pool(convs<float>()[0], float{});
+  if (x.scalar_type() == ScalarType::BFloat16) return pool(convs<bf16>()[0], bf16{});
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte, "x must be uint8, fp32 or bf16");
-  const Int8Pool pool{s.H,
-                      s.W,
-                      s.C,
-                      s.P,
-                      s.Q,
-                      s.R,
-                      s.S,
-                      s.stride_h,
-                      s.stride_w,
-                      s.pad_h,
-                      s.pad_w,
-                      data<uint8_t>(x),
-                      data_out<uint8_t>(y)};
-  rows([&](int64_t n, int32_t p) { int8s()[0].pool_row(pool, n, p); });
-  return y;
+  return pool(int8s()[0], uint8_t{});
 }
 
 }  // namespace

@@ -190,6 +190,10 @@ template <class T>
 void run_direct(const ConvRun<T>& c, const Convs<T>& own) {
   const ConvShape& s = c.shape;
   const int64_t panels = s.groups * ceil_div<int64_t>(s.K / s.groups, 2 * own.lanes);
+  if (in_strips(s)) {
+    const Grid grid = grid_of(pixels(s), panels, strip_rows(s, own.rows), own.rows);
+    return run_parts(grid, [&](const Part& part) { own.direct(c, part, scratch(own.direct_scratch(s, part))); });
+  }
   Grid grid = grid_of(pixels(s), panels, 8 * own.rows, 4 * own.rows);
   // Unfinished sums of one part stay in the second cache.
   grid.columns = std::max(grid.columns, ceil_div<int64_t>(panels, 16));

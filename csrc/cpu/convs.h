@@ -7,8 +7,9 @@
 
 namespace fused_resnet {
 
-constexpr int64_t kChunk = 64;   // words of depth that lie together, row after row
-constexpr int kMostOfGroup = 8;  // channels of a group that `grouped` takes
+constexpr int64_t kChunk = 64;               // words of depth that lie together, row after row
+constexpr int64_t kWeightsAtHand = 1 << 16;  // words of weights that stay in the second cache while rows pass by
+constexpr int kMostOfGroup = 8;              // channels of a group that `grouped` takes
 
 // y [N, P, Q, K] = act(conv(x [N, H, W, C], weights) * scale + shift + residual), sums in fp32, rounded once.
 template <class T>
@@ -33,6 +34,25 @@ FR_HD Segments segments_of(const ConvShape& s) {
   const bool touch = s.groups == 1 && s.dilation_w == 1;
   const int32_t elements = s.C / s.groups * (touch ? s.S : 1), per_word = 4 / static_cast<int32_t>(sizeof(T));
   return Segments{touch ? s.R : s.R * s.S, elements, (elements + per_word - 1) / per_word};
+}
+
+constexpr int kMostOfStrip = 16;  // rows of a kernel that strips.h takes
+
+// Whether strips.h computes a convolution: few channels, whose patches would be costly to gather.
+FR_HD bool in_strips(const ConvShape& s) {
+  return s.groups == 1 && s.dilation_h == 1 && s.dilation_w == 1 && s.C <= 16 && s.R * s.S > 1 && s.R <= kMostOfStrip &&
+         s.S <= 64;
+}
+
+// Bytes of a row of its copies: from the first pixel's first column to the last one's last, and the rest of a word.
+FR_HD int64_t strip_pitch(const ConvShape& s, int64_t element) {
+  return ceil_div<int64_t>((int64_t{s.Q - 1} * s.stride_w + s.S) * s.C * element + 4, 64) * 64;
+}
+
+// Whether the product reads x as it lies: whole words of one chunk. More would come from memory line by line.
+FR_HD bool in_place(const ConvShape& s, int64_t element) {
+  return s.R * s.S * s.groups * s.stride_h * s.stride_w == 1 && s.pad_h == 0 && s.pad_w == 0 &&
+         s.C * element % 4 == 0 && s.C * element <= 4 * kChunk;
 }
 
 // A rectangle of work: rows are pixels of the output, or tiles of it for Winograd's algorithm; panels run through the

@@ -9,7 +9,6 @@ namespace FR_ISA {
 namespace {
 
 constexpr int64_t kDepthStep = 512;  // words of depth at a time: a block of 112 rows takes 224 KiB of the second cache
-constexpr int64_t kWeightsAtHand = 1 << 16;  // words of weights that stay in the second cache while rows pass by
 
 // One piece of a row's patch: `words` of them, whole vectors and a rest.
 FR_INLINE void copy_words(uint32_t* to, const char* from, int64_t words) {
@@ -98,17 +97,30 @@ FR_INLINE int64_t depth_step(int64_t depth) {
   return ceil_div(ceil_div(depth, steps), kChunk) * kChunk;
 }
 
-// Whether a row of the product is a pixel of x as it lies.
-FR_INLINE bool in_place(const ConvShape& s) {
-  return s.R * s.S * s.groups * s.stride_h * s.stride_w == 1 && s.pad_h == 0 && s.pad_w == 0;
-}
-
 template <class T>
 int64_t direct_scratch(const ConvShape& s, const Part& part) {
+  if (in_strips(s)) return s.R * strip_pitch(s, sizeof(T));
   const Segments seg = segments_of<T>(s);
   const int64_t depth = int64_t{seg.count} * seg.words, step = depth_step(depth), rows = part.last_row - part.first_row;
   const int64_t sums = step < depth ? rows * (part.last_panel - part.first_panel) * kPanel : 0;
   return 4 * (rows * step + sums) + rows * static_cast<int64_t>(sizeof(Patch<T>));
+}
+
+template <class T>
+FR_INLINE Finish<T> finish_of(const ConvRun<T>& c, int64_t k, int64_t at, int64_t columns) {
+  const T* residual = c.residual == nullptr ? nullptr : c.residual + at;
+  return {c.scale + k, c.shift + k, residual, c.y + at, c.shape.K, columns, c.activation};
+}
+
+// The lines in which a tile ends, while the one before it computes: y is written, the residual read.
+template <class T>
+FR_INLINE void ask_for(const ConvRun<T>& c, int64_t at, int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i, at += c.shape.K) {
+    for (int64_t line = 0; line < kPanel; line += 64 / static_cast<int64_t>(sizeof(T))) {
+      __builtin_prefetch(c.y + at + line, 1);
+      if (c.residual != nullptr && c.residual != c.y) __builtin_prefetch(c.residual + at + line);
+    }
+  }
 }
 
 // Panels [first, last) of one group.
@@ -117,30 +129,39 @@ void direct_group(const ConvRun<T>& c, const Segments& seg, int32_t group, const
   const ConvShape& s = c.shape;
   const int64_t depth = int64_t{seg.count} * seg.words, step = depth_step(depth), rows = part.last_row - part.first_row;
   const int64_t filters = s.K / s.groups, padded = ceil_div<int64_t>(filters, kLanes) * kLanes;
-  const bool plain = depth == kChunk && in_place(s) && reinterpret_cast<uintptr_t>(c.x) % 4 == 0;
+  const bool plain = in_place(s, sizeof(T));
+  const int64_t row = plain ? s.C * static_cast<int64_t>(sizeof(T)) : 4 * kChunk,
+                chunk = plain ? kChunk : rows * kChunk;
   auto* patches = reinterpret_cast<Patch<T>*>(a + rows * step);
   auto* sums = reinterpret_cast<float*>(patches + rows);
-  if (plain) a = const_cast<uint32_t*>(reinterpret_cast<const uint32_t*>(c.x)) + part.first_row * kChunk;
   for (int64_t d0 = 0; d0 < depth; d0 += step) {
     const int64_t d1 = d0 + step < depth ? d0 + step : depth;
-    if (!plain) gather(c, seg, group, part.first_row, part.last_row, d0, d1, patches, a);
+    const auto* from = reinterpret_cast<const char*>(a);
+    if (plain) {
+      from = reinterpret_cast<const char*>(c.x) + part.first_row * row + 4 * d0;
+    } else {
+      gather(c, seg, group, part.first_row, part.last_row, d0, d1, patches, a);
+    }
     const auto product = [&](int64_t p, int64_t t, int64_t count, int64_t i) {
       const int64_t column = p * kPanel, width = padded - column < kPanel ? kLanes : kPanel;
       const int64_t k = group * filters + column, left = filters - column, at = (part.first_row + t) * s.K + k;
       const bool turn = p + 1 == part.last_panel;  // next come the first panel's weights of the next depth
       const uint32_t* own = c.weights + depth * group * padded;
       const uint32_t* next = own + (turn ? depth * part.first_panel + d1 : depth * (p + 1) + d0) * kPanel;
-      const Finish<T> finish{c.scale + k, c.shift + k, c.residual == nullptr ? nullptr : c.residual + at,
-                             c.y + at,    s.K,         left < width ? left : width,
-                             c.activation};
-      tile_for<T>(count, width == kPanel)(
-          {a + t * kChunk, own + depth * column + d0 * width, rows * kChunk, d1 - d0, next + i * (d1 - d0) * kLine,
-           sums + (p - part.first_panel) * rows * kPanel + t * width, d0 > 0},
+      const Finish<T> finish = finish_of(c, k, at, left < width ? left : width);
+      run_tile<T>(
+          count, width == kPanel,
+          {reinterpret_cast<const uint32_t*>(from + t * row), own + depth * column + d0 * width, row, chunk, d1 - d0,
+           next + i * (d1 - d0) * kLine, sums + (p - part.first_panel) * rows * kPanel + t * width, d0 > 0},
           d1 == depth ? &finish : nullptr);
     };
     if (step >= depth && depth * padded <= kWeightsAtHand) {  // whole rows of y are written one after the other
       by_tiles(rows, [&](int64_t t, int64_t count, int64_t) {
-        for (int64_t p = part.first_panel; p < part.last_panel; ++p) product(p, t, count, 0);
+        for (int64_t p = part.first_panel; p < part.last_panel; ++p) {
+          if (t + 2 * count <= rows)
+            ask_for(c, (part.first_row + t + count) * s.K + group * filters + p * kPanel, count);
+          product(p, t, count, 0);
+        }
       });
       continue;
     }
@@ -150,7 +171,22 @@ void direct_group(const ConvRun<T>& c, const Segments& seg, int32_t group, const
 }
 
 template <class T>
+void direct_strips(const ConvRun<T>& c, const Part& part, void* scratch) {
+  const ConvShape& s = c.shape;
+  const int64_t padded = ceil_div<int64_t>(s.K, kLanes) * kLanes;
+  by_strips(s, c.x, T{}, part, kRows, scratch, [&](int64_t m, int64_t count, Strip strip) {
+    for (int64_t p = part.first_panel; p < part.last_panel; ++p) {
+      const int64_t k = p * kPanel, width = padded - k < kPanel ? kLanes : kPanel, left = s.K - k;
+      strip.weights = c.weights + strip.count * strip.words * k;
+      const Finish<T> end = finish_of(c, k, m * s.K + k, left < width ? left : width);
+      with_tile<kRows>(count, width == kPanel, [&]<int ROWS, int COLUMNS>() { tile<T, ROWS, COLUMNS>(strip, end); });
+    }
+  });
+}
+
+template <class T>
 void direct(const ConvRun<T>& c, const Part& part, void* scratch) {
+  if (in_strips(c.shape)) return direct_strips(c, part, scratch);
   const Segments seg = segments_of<T>(c.shape);
   const int64_t panels = ceil_div<int64_t>(c.shape.K / c.shape.groups, kPanel);
   for (int64_t group = part.first_panel / panels; group * panels < part.last_panel; ++group) {

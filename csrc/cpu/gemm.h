@@ -1,13 +1,13 @@
 // The product under every convolution on the CPU: sums[rows, columns] += a[rows, depth] * b[depth, columns].
 //
 // Depth is counted in words of 32 bits: one float, or two bf16 whose products are added at once. `a` lies in chunks
-// [depth / kChunk][rows][kChunk], so that one pointer and constants reach every row of a tile; `b` in panels
-// [depth][columns] of one or two vectors. A tile of kRows x 2 vectors of sums stays in registers over the whole depth:
-// two loads of b and kRows broadcasts feed 2 * kRows multiply-adds.
+// [depth / kChunk][rows][kChunk], or is x itself; `b` in panels [depth][columns] of one or two vectors. A tile of kRows
+// x 2 vectors of sums stays in registers over the whole depth: two loads of b and kRows broadcasts feed 2 * kRows
+// multiply-adds.
 #pragma once
 
 #include "cpu/convs.h"
-#include "cpu/simd.h"
+#include "cpu/strips.h"
 
 namespace fused_resnet {
 namespace FR_ISA {
@@ -17,26 +17,33 @@ constexpr int kRows = (kRegisters - 4) / 2;  // 2 * kRows sums, two vectors of b
 constexpr int kPanel = 2 * kLanes;
 constexpr int kLine = 16;  // words of a cache line
 
+// Sums of products of words: one of `a` with a vector of them, a column of `b`.
 template <class T>
 struct Word;
 
 template <>
 struct Word<float> {
-  static FR_INLINE Floats multiply_add(const uint32_t* a, Words b, Floats sum) {
-    return sum + float_of_bits(*a) * reinterpret_cast<Floats>(b);
+  using Sums = Floats;
+  using Column = Words;
+  static FR_INLINE Words column(const uint32_t* b) { return words_at(b); }
+  static FR_INLINE Floats add_product(uint32_t a, Words b, Floats sum) {
+    return sum + float_of_bits(a) * reinterpret_cast<Floats>(b);
   }
 };
 
 template <>
 struct Word<bf16> {
-  static FR_INLINE Floats multiply_add(const uint32_t* a, Words b, Floats sum) {
+  using Sums = Floats;
+  using Column = Words;
+  static FR_INLINE Words column(const uint32_t* b) { return words_at(b); }
+  static FR_INLINE Floats add_product(uint32_t a, Words b, Floats sum) {
 #if defined(__AVX512BF16__)
-    const __m512i pair = _mm512_set1_epi32(static_cast<int>(*a));
+    const __m512i pair = _mm512_set1_epi32(static_cast<int>(a));
     return reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(pair),
                                                      reinterpret_cast<__m512bh>(b)));
 #else
-    sum += float_of_bits(*a << 16) * reinterpret_cast<Floats>(b << 16);
-    return sum + float_of_bits(*a & 0xffff0000u) * reinterpret_cast<Floats>(b & 0xffff0000u);
+    sum += float_of_bits(a << 16) * reinterpret_cast<Floats>(b << 16);
+    return sum + float_of_bits(a & 0xffff0000u) * reinterpret_cast<Floats>(b & 0xffff0000u);
 #endif
   }
 };
@@ -54,7 +61,7 @@ struct Finish {
 
 struct Operands {
   const uint32_t *a, *b;
-  int64_t chunk;  // words from one chunk of a to the next
+  int64_t row, chunk;  // from one row of a to the next in bytes, from one chunk to the next in words
   int64_t depth;
   const uint32_t* ahead;  // what the product after this one reads: a line of it is asked for with each word of depth
   float* sums;            // [rows, panel width]: where the sums start from, if `onward`, and end, if there is no Finish
@@ -128,6 +135,23 @@ FR_INLINE void finish_whole(const Floats (&sum)[ROWS][COLUMNS], int64_t rows, co
 }
 
 template <class T, int ROWS, int COLUMNS>
+FR_INLINE void put_down(const Floats (&sum)[ROWS][COLUMNS], float* to) {
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < COLUMNS; ++j) store(to + (i * COLUMNS + j) * kLanes, sum[i][j]);
+  }
+}
+
+template <class T, int ROWS, int COLUMNS>
+FR_INLINE void finish(const Floats (&sum)[ROWS][COLUMNS], const Finish<T>& f) {
+  if (f.columns == COLUMNS * kLanes && f.activation <= Activation::relu6) return finish_whole(sum, ROWS, f);
+  float buffer[ROWS * COLUMNS * kLanes];
+  put_down<T>(sum, buffer);
+  finish_slowly(buffer, ROWS, COLUMNS * kLanes, f);
+}
+
+template <class T, int ROWS, int COLUMNS>
 void tile(const Operands& o, const Finish<T>* f) {
   Floats sum[ROWS][COLUMNS];
   constexpr int kWidth = COLUMNS * kLanes;
@@ -141,47 +165,23 @@ void tile(const Operands& o, const Finish<T>* f) {
     const uint32_t *word = a, *end = a + (depth < kChunk ? depth : kChunk);
     for (; word != end; ++word, b += kWidth, ahead += kLine) {
       __builtin_prefetch(ahead, 0, 2);
-      Words column[COLUMNS];
-#pragma GCC unroll 2
-      for (int j = 0; j < COLUMNS; ++j) column[j] = words_at(b + j * kLanes);
-#pragma GCC unroll 16
-      for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 2
-        for (int j = 0; j < COLUMNS; ++j) sum[i][j] = Word<T>::multiply_add(word + i * kChunk, column[j], sum[i][j]);
-      }
+      add_word<Word<T>>(reinterpret_cast<const char*>(word), o.row, ~0u, b, sum);
     }
   }
-  const bool whole = f != nullptr && f->columns == kWidth && f->activation <= Activation::relu6;
-  if (!whole) {
-    float buffer[ROWS * kWidth];
-    float* sums = f == nullptr ? o.sums : buffer;
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 2
-      for (int j = 0; j < COLUMNS; ++j) store(sums + i * kWidth + j * kLanes, sum[i][j]);
-    }
-    if (f != nullptr) finish_slowly(buffer, ROWS, kWidth, *f);
-    return;
-  }
-  finish_whole(sum, ROWS, *f);
+  if (f == nullptr) return put_down<T>(sum, o.sums);
+  finish(sum, *f);
+}
+
+template <class T, int ROWS, int COLUMNS>
+void tile(const Strip& strip, const Finish<T>& f) {
+  Floats sum[ROWS][COLUMNS] = {};
+  add_strip<Word<T>>(strip, sum);
+  finish(sum, f);
 }
 
 template <class T>
-using Tile = void (*)(const Operands&, const Finish<T>*);
-
-template <class T, int ROWS>
-constexpr Tile<T> tile_of(int64_t rows, bool two) {
-  if constexpr (ROWS == 0) {
-    return nullptr;
-  } else {
-    if (rows == ROWS) return two ? tile<T, ROWS, 2> : tile<T, ROWS, 1>;
-    return tile_of<T, ROWS - 1>(rows, two);
-  }
-}
-
-template <class T>
-FR_INLINE Tile<T> tile_for(int64_t rows, bool two) {
-  return tile_of<T, kRows>(rows, two);
+FR_INLINE void run_tile(int64_t rows, bool two, const Operands& o, const Finish<T>* f) {
+  with_tile<kRows>(rows, two, [&]<int ROWS, int COLUMNS>() { tile<T, ROWS, COLUMNS>(o, f); });
 }
 
 // Rows in tiles of nearly the same size: calls f(first row, rows, which tile).

@@ -10,13 +10,13 @@
 #endif
 
 #include "cpu/int8.h"
-#include "cpu/simd.h"
+#include "cpu/strips.h"
 
 namespace fused_resnet {
 namespace FR_ISA {
 namespace {
 
-constexpr int kRows8 = (kRegisters - 4) / 2;
+constexpr int kRows8 = (kRegisters - 4) / 2;  // 2 * kRows8 sums, two vectors of b, one broadcast: one register is left
 constexpr int kPanel8 = 2 * kLanes;
 
 typedef int32_t IntsAt __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
@@ -37,9 +37,9 @@ FR_INLINE Column column_at(const uint32_t* b) {
   return {words_at(b)};
 }
 
-FR_INLINE Ints dot(const uint32_t* a, const Column& b, Ints sum) {
+FR_INLINE Ints dot(uint32_t a, const Column& b, Ints sum) {
   return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(
-      reinterpret_cast<__m512i>(sum), _mm512_set1_epi32(static_cast<int>(*a)), reinterpret_cast<__m512i>(b.all)));
+      reinterpret_cast<__m512i>(sum), _mm512_set1_epi32(static_cast<int>(a)), reinterpret_cast<__m512i>(b.all)));
 }
 
 #else
@@ -70,74 +70,46 @@ FR_INLINE Ints madd(Words a, Shorts b) {
 #endif
 }
 
-FR_INLINE Ints dot(const uint32_t* a, const Column& b, Ints sum) {
-  const Words even = Words{} + (*a & 0x00ff00ffu), odd = Words{} + (*a >> 8 & 0x00ff00ffu);
+FR_INLINE Ints dot(uint32_t a, const Column& b, Ints sum) {
+  const Words even = Words{} + (a & 0x00ff00ffu), odd = Words{} + (a >> 8 & 0x00ff00ffu);
   return sum + madd(even, b.even) + madd(odd, b.odd);
 }
 
 #endif
 
+struct Word8 {
+  using Sums = Ints;
+  using Column = fused_resnet::FR_ISA::Column;
+  static FR_INLINE Column column(const uint32_t* b) { return column_at(b); }
+  static FR_INLINE Ints add_product(uint32_t a, const Column& b, Ints sum) { return dot(a, b, sum); }
+};
+
 struct Operands8 {
   const uint32_t *a, *b;
-  int64_t chunk, depth;  // words: from one chunk of a to the next; in all
-  const int32_t* start;
+  int64_t row, chunk, depth;  // from one row of a to the next in bytes; from one chunk to the next, and all, in words
 };
 
 template <int ROWS, int COLUMNS>
-void tile8(const Operands8& o, int32_t* sums) {
-  constexpr int kWidth = COLUMNS * kLanes;
-  Ints sum[ROWS][COLUMNS];
-#pragma GCC unroll 2
-  for (int j = 0; j < COLUMNS; ++j) {
-    const Ints start = ints_at(o.start + j * kLanes);
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) sum[i][j] = start;
-  }
+FR_INLINE void add_words(const Operands8& o, Ints (&sum)[ROWS][COLUMNS]) {
   const uint32_t *a = o.a, *b = o.b;
   for (int64_t depth = o.depth; depth > 0; depth -= kChunk, a += o.chunk) {
     const uint32_t *word = a, *end = a + (depth < kChunk ? depth : kChunk);
-    for (; word != end; ++word, b += kWidth) {
-      Column column[COLUMNS];
-#pragma GCC unroll 2
-      for (int j = 0; j < COLUMNS; ++j) column[j] = column_at(b + j * kLanes);
-#pragma GCC unroll 16
-      for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 2
-        for (int j = 0; j < COLUMNS; ++j) sum[i][j] = dot(word + i * kChunk, column[j], sum[i][j]);
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < COLUMNS; ++j) *reinterpret_cast<IntsAt*>(sums + i * kWidth + j * kLanes) = sum[i][j];
+    for (; word != end; ++word, b += COLUMNS * kLanes)
+      add_word<Word8>(reinterpret_cast<const char*>(word), o.row, ~0u, b, sum);
   }
 }
 
-using Tile8 = void (*)(const Operands8&, int32_t* sums);
-
-template <int ROWS>
-constexpr Tile8 tile8_of(int64_t rows, bool two) {
-  if constexpr (ROWS == 0) {
-    return nullptr;
-  } else {
-    if (rows == ROWS) return two ? tile8<ROWS, 2> : tile8<ROWS, 1>;
-    return tile8_of<ROWS - 1>(rows, two);
-  }
+template <int ROWS, int COLUMNS>
+FR_INLINE void add_words(const Strip& strip, Ints (&sum)[ROWS][COLUMNS]) {
+  add_strip<Word8>(strip, sum);
 }
 
-// Rounds |z| < 2^22 to the nearest, ties to even.
-FR_INLINE Ints rounded(Floats z) {
-  const Floats magic = all(12582912.0f);  // 1.5 * 2^23
-  return reinterpret_cast<Ints>(z + magic) - reinterpret_cast<Ints>(magic);
-}
-
-// uint8 of a z between -zero and 255 - zero.
+// uint8 of a z between -zero and 255 - zero, rounded to the nearest, ties to even.
 FR_INLINE void store8(uint8_t* to, Floats z, int32_t zero) {
-  const Ints q = rounded(z) + zero;
+  const Ints q = reinterpret_cast<Ints>(z + 0x1.8p23f) + zero;  // in its low byte, because that of 0x1.8p23 is zero
 #if defined(__AVX512F__)
   __m128i bytes = _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(q));
-  asm("" : "+x"(bytes));  // as one instruction with its store it is slow on AMD's cores
+  asm("" : "+v"(bytes));  // as one instruction with its store it is slow on AMD's cores
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
 #else
   *reinterpret_cast<BytesAt*>(to) = __builtin_convertvector(q, Bytes);
@@ -163,43 +135,108 @@ FR_INLINE Floats residual_at(const float* from, int32_t) {
   return load(from);
 }
 
-// What is done with the sums of a tile: rows of `width`, of which `columns` are filters.
+// Where the sums of a tile end: rows of y from element `at` on, filters k and on, of which there are `columns`.
+struct End8 {
+  const Int8Run& run;
+  int64_t at, k, columns;
+};
+
+// y = what follows the sums, for vectors of filters.
 template <class R, class Y>
-void finish8(const Int8Run& c, const int32_t* sums, int64_t rows, int64_t width, int64_t columns, int64_t at,
-             int64_t k) {
-  constexpr bool kNarrow = sizeof(Y) == 1;
-  const R* residual = static_cast<const R*>(c.residual);
-  Y* y = static_cast<Y*>(c.y);
-  const float most = 255 - c.y_zero, least = -c.y_zero;
-  const float low = kNarrow && c.low < least ? least : c.low, high = kNarrow && c.high > most ? most : c.high;
-  for (int64_t j = 0; j < columns; j += kLanes) {
-    const Floats scale = load(c.scale + k + j), shift = load(c.shift + k + j);
-    const int64_t left = columns - j;
-    for (int64_t i = 0; i < rows; ++i) {
-      Floats z = __builtin_convertvector(ints_at(sums + i * width + j), Floats) * scale + shift;
-      const int64_t to = at + i * c.shape.K + j;
-      Y part[kLanes];
-      if (residual != nullptr) {
-        R own[kLanes] = {};
-        const R* from = residual + to;
-        if (left < kLanes) {
-          for (int64_t l = 0; l < left; ++l) own[l] = from[l];
-          from = own;
-        }
-        z += residual_at(from, c.residual_zero) * c.residual_scale;
-      }
-      Y* out = left < kLanes ? part : y + to;
-      if constexpr (kNarrow) {
-        z = z > low ? z : all(low);  // NaN, too
-        store8(out, z < high ? z : all(high), c.y_zero);
-      } else {
-        store(out, clamp(z, all(low), all(high)));
-      }
-      if (left < kLanes) {
-        for (int64_t l = 0; l < left; ++l) y[to + l] = part[l];
-      }
+struct Finish8 {
+  static constexpr bool kNarrow = sizeof(Y) == 1;
+  float low, high, residual_scale;
+  int32_t residual_zero, y_zero;
+
+  explicit Finish8(const Int8Run& c)
+      : low(c.low), high(c.high), residual_scale(c.residual_scale), residual_zero(c.residual_zero), y_zero(c.y_zero) {
+    const float most = 255 - c.y_zero, least = -c.y_zero;
+    if (kNarrow && low < least) low = least;
+    if (kNarrow && high > most) high = most;
+  }
+
+  FR_INLINE void operator()(Ints sum, Floats scale, Floats shift, const R* residual, Y* y) const {
+    Floats z = __builtin_convertvector(sum, Floats) * scale + shift;
+    if (residual != nullptr) z += residual_at(residual, residual_zero) * residual_scale;
+    if constexpr (kNarrow) {
+      z = z > low ? z : all(low);  // NaN, too
+      store8(y, z < high ? z : all(high), y_zero);
+    } else {
+      store(y, clamp(z, all(low), all(high)));
     }
   }
+};
+
+// Of sums that were put down, rows of `width`.
+template <class R, class Y>
+void finish8(const End8& end, const int32_t* sums, int64_t rows, int64_t width) {
+  const Int8Run& c = end.run;
+  const Finish8<R, Y> finish(c);
+  const R* residual = static_cast<const R*>(c.residual);
+  Y* y = static_cast<Y*>(c.y);
+  for (int64_t j = 0; j < end.columns; j += kLanes) {
+    const Floats scale = load(c.scale + end.k + j), shift = load(c.shift + end.k + j);
+    const int64_t left = end.columns - j;
+    for (int64_t i = 0; i < rows; ++i) {
+      const Ints sum = ints_at(sums + i * width + j);
+      const int64_t to = end.at + i * c.shape.K + j;
+      const R* from = residual == nullptr ? nullptr : residual + to;
+      if (left >= kLanes) {
+        finish(sum, scale, shift, from, y + to);
+        continue;
+      }
+      R own[kLanes] = {};
+      Y part[kLanes];
+      for (int64_t l = 0; from != nullptr && l < left; ++l) own[l] = from[l];
+      finish(sum, scale, shift, from == nullptr ? nullptr : own, part);
+      for (int64_t l = 0; l < left; ++l) y[to + l] = part[l];
+    }
+  }
+}
+
+// The usual end, bytes of whole panels, with the sums still in registers.
+template <int ROWS, int COLUMNS>
+FR_INLINE void finish_bytes(const End8& end, const Ints (&sum)[ROWS][COLUMNS]) {
+  const Int8Run& c = end.run;
+  const Finish8<uint8_t, uint8_t> finish(c);
+  const uint8_t* residual = c.residual == nullptr ? nullptr : static_cast<const uint8_t*>(c.residual) + end.at;
+  uint8_t* y = static_cast<uint8_t*>(c.y) + end.at;
+  const int64_t row = c.shape.K;  // bytes of y may be anything's, for all that a compiler knows: nothing is read again
+#pragma GCC unroll 2
+  for (int j = 0; j < COLUMNS; ++j) {
+    const Floats scale = load(c.scale + end.k + j * kLanes), shift = load(c.shift + end.k + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      const int64_t to = i * row + j * kLanes;
+      finish(sum[i][j], scale, shift, residual == nullptr ? nullptr : residual + to, y + to);
+    }
+  }
+}
+
+// One tile; `A` is Operands8 or Strip.
+template <class A, int ROWS, int COLUMNS>
+void tile8(const A& a, const End8& end) {
+  constexpr int kWidth = COLUMNS * kLanes;
+  const Int8Run& c = end.run;
+  Ints sum[ROWS][COLUMNS];
+#pragma GCC unroll 2
+  for (int j = 0; j < COLUMNS; ++j) {
+    const Ints start = ints_at(c.start + end.k + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) sum[i][j] = start;
+  }
+  add_words(a, sum);
+  if (c.y_narrow && (c.residual_narrow || c.residual == nullptr) && end.columns == kWidth)
+    return finish_bytes(end, sum);
+  alignas(64) int32_t sums[ROWS * kWidth];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < COLUMNS; ++j) *reinterpret_cast<IntsAt*>(sums + i * kWidth + j * kLanes) = sum[i][j];
+  }
+  const auto finish = c.residual_narrow ? (c.y_narrow ? finish8<uint8_t, uint8_t> : finish8<uint8_t, float>)
+                                        : (c.y_narrow ? finish8<float, uint8_t> : finish8<float, float>);
+  finish(end, sums, ROWS, kWidth);
 }
 
 }  // namespace

@@ -24,12 +24,6 @@ struct Int8Run {
   void* y;
 };
 
-struct Int8Pool {
-  int32_t H, W, C, P, Q, R, S, stride_h, stride_w, pad_h, pad_w;
-  const uint8_t* x;
-  uint8_t* y;
-};
-
 // Words of depth.
 inline int64_t depth_of(const Segments& seg) {
   return int64_t{seg.count} * seg.words;
@@ -41,7 +35,7 @@ struct Int8s {
   int64_t (*scratch)(const ConvShape&, const Part&);  // bytes
   void (*conv)(const Int8Run&, const Part&, void* scratch);
   void (*quantize)(const float* x, int64_t count, float inverse, int32_t zero, uint8_t* y);
-  void (*pool_row)(const Int8Pool&, int64_t n, int32_t p);
+  void (*max_pool)(const ConvShape&, const uint8_t* x, uint8_t* y, int64_t n, int32_t p);  // as in Convs
 };
 
 #define FR_DECLARE_INT8S(isa) \

@@ -53,6 +53,11 @@ inline Grid grid_of(int64_t rows, int64_t panels, int64_t most, int64_t least) {
   return {rows, panels, blocks, std::min(panels, ceil_div(threads, blocks))};
 }
 
+// Pixels of a part of strips: some rows of the image, so that few are copied for two parts.
+inline int64_t strip_rows(const ConvShape& s, int64_t tile) {
+  return std::max<int64_t>(16 * s.Q, 8 * tile);
+}
+
 template <class F>
 void run_parts(const Grid& grid, const F& f) {
   torch::stable::parallel_for(0, grid.size(), 1, [&](int64_t first, int64_t last) {

@@ -170,9 +170,10 @@ void winograd_part(const ConvRun<T>& c, const Part& part, const float* shared, f
       const uint32_t* a = reinterpret_cast<const uint32_t*>(v + at * position);
       const uint32_t* b = c.weights + kPositions * s.C * k + at * s.C * width;
       by_tiles(rows, [&](int64_t t, int64_t count, int64_t i) {
-        tile_for<float>(count, width == kPanel)({a + t * kChunk, b, all * kChunk, s.C, b + s.C * (width + i * kLine),
-                                                 sums + (at * rows + t) * width, false},
-                                                nullptr);
+        run_tile<float>(count, width == kPanel,
+                        {a + t * kChunk, b, 4 * kChunk, all * kChunk, s.C, b + s.C * (width + i * kLine),
+                         sums + (at * rows + t) * width, false},
+                        nullptr);
       });
     }
     for (int64_t t = 0; t < rows; ++t) {

@@ -80,8 +80,8 @@ def test_arm_computes_the_same(setup_script, tmp_path):
     assert complaint(program, *runner) is None
 
 
-DIRECT, GEMM, SIMD, WINOGRAD, TILES, PACK = (f"cpu/{name}" for name in (
-    "direct.h", "gemm.h", "simd.h", "winograd.h", "winograd_tiles.h", "conv_packed.cpp"))
+DIRECT, GEMM, STRIPS, SIMD, WINOGRAD, TILES, PACK = (f"cpu/{name}" for name in (
+    "direct.h", "gemm.h", "strips.h", "simd.h", "winograd.h", "winograd_tiles.h", "conv_packed.cpp"))
 # name -> file, what stands there, what the fault makes of it
 FAULTS = {
     "rows outside of the image are read": (DIRECT, "inside(h, s.H) && low < high", "low < high"),
@@ -96,8 +96,14 @@ FAULTS = {
     "whole panels forget the residual": (GEMM, "z += load(residual + at)", "z += 0.0f"),
     "part of a panel forgets the residual": (GEMM, "z += widen(residual[k])", "z += 0"),
     "ReLU6 ends elsewhere": (GEMM, "? 6.0f", "? 7.0f"),
-    "the second of a pair is lost": (GEMM, "return sum + float_of_bits(*a & 0xffff0000u) *", "return sum + 0.0f *"),
-    "a part of a panel is stored as a whole": (GEMM, "f->columns == kWidth && ", ""),
+    "the second of a pair is lost": (GEMM, "return sum + float_of_bits(a & 0xffff0000u) *", "return sum + 0.0f *"),
+    "a part of a panel is stored as a whole": (GEMM, "f.columns == COLUMNS * kLanes && ", ""),
+    "rows of a copy do not go round": (STRIPS, "(first + r) % s.R", "r"),
+    "the image before stays in the copy": (STRIPS, "n == image && ", ""),
+    "a copied row starts left of its padding": (STRIPS, "start = there ? left : 0", "start = 0"),
+    "a copied row ends with anything": (STRIPS, "i = start + own; i < elements", "i = elements; i < elements"),
+    "pixels of a strip have no stride": (STRIPS, "int64_t{s.stride_w} * s.C * sizeof(T)", "s.C * sizeof(T)"),
+    "the second half of a row starts over": (STRIPS, "rows[r] + (at.q + first) * step", "rows[r] + first * step"),
     "ties round up": (SIMD, "bits + 0x7fffu + (bits >> 16 & 1u)", "bits + 0x8000u"),
     "Winograd takes every activation for ReLU": (WINOGRAD, "c.activation <= Activation::relu6", "true"),
     "Winograd forgets the residual": (WINOGRAD, "z += load(c.residual", "load(c.residual"),

@@ -1,5 +1,6 @@
 // Compiled once for every instruction set, with -DFR_ISA=its name: see int8.h.
 #include "cpu/gemm8.h"
+#include "cpu/pool.h"
 
 namespace fused_resnet {
 namespace FR_ISA {
@@ -58,43 +59,68 @@ void gather8(const Int8Run& c, const Segments& depth, int64_t first, int64_t las
   }
 }
 
-using Finish = void (*)(const Int8Run&, const int32_t*, int64_t, int64_t, int64_t, int64_t, int64_t);
-
-Finish finish_of(const Int8Run& c) {
-  if (c.residual_narrow) return c.y_narrow ? finish8<uint8_t, uint8_t> : finish8<uint8_t, float>;
-  return c.y_narrow ? finish8<float, uint8_t> : finish8<float, float>;
-}
-
 int64_t scratch(const ConvShape& s, const Part& part) {
+  if (in_strips(s)) return s.R * strip_pitch(s, 1);
   const int64_t chunks = ceil_div(depth_of(segments_of<uint8_t>(s)), kChunk);
   return 4 * (part.last_row - part.first_row) * chunks * kChunk;
 }
 
+// Panel p of `count` rows of y from row m on; `a` is for it to read.
+template <class A>
+FR_INLINE void run_tile8(const Int8Run& c, int64_t p, int64_t m, int64_t count, const A& a) {
+  const int64_t K = c.shape.K, padded = ceil_div<int64_t>(K, kLanes) * kLanes, k = p * kPanel8;
+  const int64_t width = padded - k < kPanel8 ? kLanes : kPanel8, left = K - k;
+  const End8 end{c, m * K + k, k, left < width ? left : width};
+  with_tile<kRows8>(count, width == kPanel8, [&]<int ROWS, int COLUMNS>() { tile8<A, ROWS, COLUMNS>(a, end); });
+}
+
+void conv_strips(const Int8Run& c, const Part& part, void* scratch) {
+  by_strips(c.shape, c.x, static_cast<uint8_t>(c.x_zero), part, kRows8, scratch,
+            [&](int64_t m, int64_t count, Strip strip) {
+              for (int64_t p = part.first_panel; p < part.last_panel; ++p) {
+                strip.weights = c.weights + strip.count * strip.words * p * kPanel8;
+                run_tile8(c, p, m, count, strip);
+              }
+            });
+}
+
 void conv(const Int8Run& c, const Part& part, void* scratch) {
+  if (in_strips(c.shape)) return conv_strips(c, part, scratch);
   const Segments seg = segments_of<uint8_t>(c.shape);
-  const int64_t depth = depth_of(seg);
+  const int64_t depth = depth_of(seg), K = c.shape.K;
   const int64_t rows = part.last_row - part.first_row, tiles = ceil_div<int64_t>(rows, kRows8);
-  const int64_t K = c.shape.K, padded = ceil_div<int64_t>(K, kLanes) * kLanes;
   auto* a = static_cast<uint32_t*>(scratch);
-  gather8(c, seg, part.first_row, part.last_row, a);
-  const Finish finish = finish_of(c);
+  const bool plain = in_place(c.shape, 1);
+  const int64_t row = plain ? c.shape.C : 4 * kChunk, chunk = plain ? kChunk : rows * kChunk;
+  const auto* from = reinterpret_cast<const char*>(a);
+  if (plain) {
+    from = reinterpret_cast<const char*>(c.x) + part.first_row * row;
+  } else {
+    gather8(c, seg, part.first_row, part.last_row, a);
+  }
   const int64_t y_bytes = c.y_narrow ? 1 : 4, residual_bytes = c.residual_narrow ? 1 : 4;
-  alignas(64) int32_t sums[kRows8 * kPanel8];
-  for (int64_t p = part.first_panel; p < part.last_panel; ++p) {
-    const int64_t k = p * kPanel8, width = padded - k < kPanel8 ? kLanes : kPanel8;
-    for (int64_t i = 0; i < tiles; ++i) {  // of nearly the same size
-      const int64_t t = rows * i / tiles, count = rows * (i + 1) / tiles - t;
-      // What the tile ends in comes from memory while it computes.
-      const int64_t line = (part.first_row + t) * K + k;
+  const auto product = [&](int64_t p, int64_t i) {
+    const int64_t t = rows * i / tiles, count = rows * (i + 1) / tiles - t;  // of nearly the same size
+    if (i + 1 < tiles) {  // what the next tile ends in comes from memory while this one computes
+      const int64_t line = (part.first_row + t + count) * K + p * kPanel8;
       for (int64_t m = 0; m < count; ++m) {
         __builtin_prefetch(static_cast<const char*>(c.y) + (line + m * K) * y_bytes, 1);
         if (c.residual != nullptr)
           __builtin_prefetch(static_cast<const char*>(c.residual) + (line + m * K) * residual_bytes);
       }
-      tile8_of<kRows8>(count, width == kPanel8)(
-          {a + t * kChunk, c.weights + depth * k, rows * kChunk, depth, c.start + k}, sums);
-      finish(c, sums, count, width, K - k < width ? K - k : width, (part.first_row + t) * K + k, k);
     }
+    run_tile8(c, p, part.first_row + t, count,
+              Operands8{reinterpret_cast<const uint32_t*>(from + t * row), c.weights + depth * p * kPanel8, row, chunk,
+                        depth});
+  };
+  if (depth * K <= kWeightsAtHand) {  // whole rows of y are written one after the other
+    for (int64_t i = 0; i < tiles; ++i) {
+      for (int64_t p = part.first_panel; p < part.last_panel; ++p) product(p, i);
+    }
+    return;
+  }
+  for (int64_t p = part.first_panel; p < part.last_panel; ++p) {
+    for (int64_t i = 0; i < tiles; ++i) product(p, i);
   }
 }
 
@@ -112,33 +138,13 @@ void quantize(const float* x, int64_t count, float inverse, int32_t zero, uint8_
   }
 }
 
-// Row p of image n.
-void pool_row(const Int8Pool& c, int64_t n, int32_t p) {
-  const int32_t top = p * c.stride_h - c.pad_h;
-  uint8_t* y = c.y + (n * c.P + p) * int64_t{c.Q} * c.C;
-  memset(y, 0, static_cast<size_t>(int64_t{c.Q} * c.C));  // the least value
-  for (int32_t r = 0; r < c.R; ++r) {
-    if (!inside(top + r, c.H)) continue;
-    const uint8_t* x = c.x + nhwc(n, top + r, 0, 0, c.H, c.W, c.C);
-    for (int32_t q = 0; q < c.Q; ++q) {
-      for (int32_t s = 0; s < c.S; ++s) {
-        const int32_t w = q * c.stride_w - c.pad_w + s;
-        if (!inside(w, c.W)) continue;
-        const uint8_t* from = x + int64_t{w} * c.C;
-        uint8_t* to = y + int64_t{q} * c.C;
-        for (int32_t k = 0; k < c.C; ++k) to[k] = from[k] > to[k] ? from[k] : to[k];
-      }
-    }
-  }
-}
-
 }  // namespace
 
 #define FR_STRINGIFY(x) #x
 #define FR_NAME(x) FR_STRINGIFY(x)
 
 Int8s int8s() {
-  return {FR_NAME(FR_ISA), kLanes, kRows8, scratch, conv, quantize, pool_row};
+  return {FR_NAME(FR_ISA), kLanes, kRows8, scratch, conv, quantize, max_pool<uint8_t>};
 }
 
 }  // namespace FR_ISA

@@ -81,7 +81,7 @@ def _grouped_wins(p: ConvProblem) -> bool:
 def _direct_wins(p: ConvProblem) -> bool:
     """Where ours was faster than oneDNN on two Zen 5 cores: few pixels (1 to 1.5 x), and deep sums in bf16 (1.1 x)."""
     deep = p.dtype == "bf16" and p.depth >= 128
-    return p.groups == 1 and p.C >= 16 and (p.N * p.P * p.Q <= 4096 or deep)
+    return p.groups == 1 and (p.N * p.P * p.Q <= 4096 or deep)
 
 
 # Of two Zen 5 cores: fp32 multiply-adds for which one byte comes from memory, times two; measured 490 GFLOP/s, 40 GB/s.

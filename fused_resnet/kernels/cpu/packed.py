@@ -43,7 +43,7 @@ def forward(problem: ConvProblem, o: ConvOperands, x: torch.Tensor, method: str)
     """One launch on x, what the prologue made of `o.x`; see `refuse`."""
     p, dilation = problem, list(problem.dilation)
     pack = packed((method, x.dtype, dilation[1] > 1, o.eps), sources(o), lambda: _pack(p, o, x.dtype, method))
-    y = o.residual if o.reuse else torch.empty(p.output_shape, dtype=x.dtype, memory_format=torch.channels_last)
+    y = o.residual if o.reuse else torch.ops.fused_resnet._image.default(x, p.K, p.P, p.Q)
     torch.ops.fused_resnet._conv_packed.default(y, x, pack, o.residual, [p.R, p.S], p.stride, p.padding, dilation,
                                                 p.groups, p.activation, method)
     return y

@@ -1,0 +1,122 @@
+#include "cpu/memory.h"
+
+#include <sys/mman.h>
+
+#include <atomic>
+#include <mutex>
+
+namespace fused_resnet {
+namespace {
+
+constexpr size_t kKept = size_t{256} << 20;  // bytes that may lie idle
+constexpr size_t kUnit = 64 << 10, kHuge = size_t{2} << 20;
+constexpr size_t kColours = 16, kColour = 192;  // blocks start at different lines of the caches' sets
+
+// Stands at the start of its pages; the data follows, at the block's colour.
+struct Block {
+  Block* next;
+  size_t bytes;  // pages in all
+};
+
+class Store {
+ public:
+  void* take(size_t bytes) {
+    const size_t needed = bytes + sizeof(Block) + kColour * kColours, unit = needed < kHuge ? kUnit : kHuge;
+    const size_t size = (needed + unit - 1) / unit * unit;
+    Block* block = find(size);
+    if (block == nullptr) block = fresh(size, unit);
+    if (block == nullptr) return nullptr;
+    const size_t colour = turn_++ % kColours;
+    return reinterpret_cast<char*>(block) + 64 + colour * kColour;
+  }
+
+  // Never waits: a child process may have been forked while another thread was in here.
+  void give(void* data) {
+    auto* block = reinterpret_cast<Block*>(reinterpret_cast<uintptr_t>(data) / kUnit * kUnit);
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock.owns_lock() || block->bytes > kKept) return drop(block);
+    block->next = first_;
+    first_ = block;
+    idle_ += block->bytes;
+    for (Block** at = &first_; idle_ > kKept;) {  // the last one has been idle for longest
+      while ((*at)->next != nullptr) at = &(*at)->next;
+      Block* oldest = *at;
+      *at = nullptr;
+      idle_ -= oldest->bytes;
+      drop(oldest);
+      at = &first_;
+    }
+  }
+
+ private:
+  Block* find(size_t size) {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock.owns_lock()) return nullptr;
+    Block** best = nullptr;
+    for (Block** at = &first_; *at != nullptr; at = &(*at)->next) {
+      const size_t own = (*at)->bytes;
+      if (own >= size && own <= size + size / 4 && (best == nullptr || own < (*best)->bytes)) best = at;
+    }
+    if (best == nullptr) return nullptr;
+    Block* block = *best;
+    *best = block->next;
+    idle_ -= block->bytes;
+    return block;
+  }
+
+  // Pages aligned to `unit`, huge ones where the system has them.
+  static Block* fresh(size_t size, size_t unit) {
+    void* all = mmap(nullptr, size + unit, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (all == MAP_FAILED) return nullptr;
+    const auto start = reinterpret_cast<uintptr_t>(all), own = (start + unit - 1) / unit * unit;
+    if (own > start) munmap(all, own - start);
+    munmap(reinterpret_cast<void*>(own + size), start + unit - own);
+    auto* block = reinterpret_cast<Block*>(own);
+#if defined(MADV_HUGEPAGE)
+    if (unit == kHuge) madvise(block, size, MADV_HUGEPAGE);
+#endif
+    block->bytes = size;
+    return block;
+  }
+
+  static void drop(Block* block) { munmap(block, block->bytes); }
+
+  std::mutex mutex_;
+  Block* first_ = nullptr;
+  size_t idle_ = 0;
+  std::atomic<size_t> turn_{0};
+};
+
+Store& store() {
+  static Store* only = new Store;  // outlives every tensor
+  return *only;
+}
+
+}  // namespace
+
+Tensor make_image(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType dtype, const Tensor& like) {
+  const int64_t element = dtype == ScalarType::Byte ? 1 : dtype == ScalarType::BFloat16 ? 2 : 4;
+  const int64_t bytes = n * c * h * w * element;
+  void* data = bytes < kLarge ? nullptr : store().take(static_cast<size_t>(bytes));
+  if (data == nullptr) return make({n, c, h, w}, dtype, like, true);
+  const int64_t sizes[] = {n, c, h, w}, strides[] = {c * h * w, 1, c * w, c};
+  return torch::stable::from_blob(data, {sizes, 4}, {strides, 4}, like.device(), dtype,
+                                  [](void* p) { store().give(p); });
+}
+
+namespace {
+
+Tensor image(const Tensor& x, int64_t c, int64_t h, int64_t w) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.is_cpu() && c >= 0 && h >= 0 && w >= 0, "x must be [N, ...] on the CPU");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16 ||
+                      x.scalar_type() == ScalarType::Byte,
+                  "x must be uint8, fp32 or bf16");
+  return make_image(x.size(0), c, h, w, x.scalar_type(), x);
+}
+
+}  // namespace
+}  // namespace fused_resnet
+
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
+  m.impl("_image", TORCH_BOX(&fused_resnet::image));
+}
