@@ -42,7 +42,7 @@ def test_what_is_let_go_serves_again_and_nothing_else_does():
     del held[2:4]
     again = [image(198).fill_(9) for _ in range(3)]
     assert {y.data_ptr() >> 21 for y in again} & starts, "no block came back"
-    assert all((y == i).all() for i, y in zip((0, 1, 4, 5), held)) and (view == 3).all(), "a block that is held served twice"
+    assert all((y == i).all() for i, y in zip((0, 1, 4, 5), held)) and (view == 3).all(), "not ours alone"
 
 
 def test_repeated_launches_touch_no_new_pages():
