@@ -36,12 +36,10 @@ FR_HD Segments segments_of(const ConvShape& s) {
   return Segments{touch ? s.R : s.R * s.S, elements, (elements + per_word - 1) / per_word};
 }
 
-constexpr int kMostOfStrip = 16;  // rows of a kernel that strips.h takes
-
-// Whether strips.h computes a convolution: few channels, whose patches would be costly to gather.
+// Whether strips.h computes a convolution: its kernel reaches over pixels, and rows of y fill a tile about as well as
+// pixels that are gathered from several rows would.
 FR_HD bool in_strips(const ConvShape& s) {
-  return s.groups == 1 && s.dilation_h == 1 && s.dilation_w == 1 && s.C <= 16 && s.R * s.S > 1 && s.R <= kMostOfStrip &&
-         s.S <= 64;
+  return s.groups == 1 && s.dilation_h == 1 && s.dilation_w == 1 && s.R * s.S > 1 && (s.Q >= 10 || s.C <= 16);
 }
 
 // Bytes of a row of its copies: from the first pixel's first column to the last one's last, and the rest of a word.

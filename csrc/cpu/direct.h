@@ -99,7 +99,7 @@ FR_INLINE int64_t depth_step(int64_t depth) {
 
 template <class T>
 int64_t direct_scratch(const ConvShape& s, const Part& part) {
-  if (in_strips(s)) return s.R * strip_pitch(s, sizeof(T));
+  if (in_strips(s)) return strip_scratch(s, sizeof(T));
   const Segments seg = segments_of<T>(s);
   const int64_t depth = int64_t{seg.count} * seg.words, step = depth_step(depth), rows = part.last_row - part.first_row;
   const int64_t sums = step < depth ? rows * (part.last_panel - part.first_panel) * kPanel : 0;
@@ -149,6 +149,7 @@ void direct_group(const ConvRun<T>& c, const Segments& seg, int32_t group, const
       const uint32_t* own = c.weights + depth * group * padded;
       const uint32_t* next = own + (turn ? depth * part.first_panel + d1 : depth * (p + 1) + d0) * kPanel;
       const Finish<T> finish = finish_of(c, k, at, left < width ? left : width);
+      if (d1 == depth && t + 2 * count <= rows) ask_for(c, at + count * s.K, count);
       run_tile<T>(
           count, width == kPanel,
           {reinterpret_cast<const uint32_t*>(from + t * row), own + depth * column + d0 * width, row, chunk, d1 - d0,
@@ -157,11 +158,7 @@ void direct_group(const ConvRun<T>& c, const Segments& seg, int32_t group, const
     };
     if (step >= depth && depth * padded <= kWeightsAtHand) {  // whole rows of y are written one after the other
       by_tiles(rows, [&](int64_t t, int64_t count, int64_t) {
-        for (int64_t p = part.first_panel; p < part.last_panel; ++p) {
-          if (t + 2 * count <= rows)
-            ask_for(c, (part.first_row + t + count) * s.K + group * filters + p * kPanel, count);
-          product(p, t, count, 0);
-        }
+        for (int64_t p = part.first_panel; p < part.last_panel; ++p) product(p, t, count, 0);
       });
       continue;
     }
@@ -174,14 +171,13 @@ template <class T>
 void direct_strips(const ConvRun<T>& c, const Part& part, void* scratch) {
   const ConvShape& s = c.shape;
   const int64_t padded = ceil_div<int64_t>(s.K, kLanes) * kLanes;
-  by_strips(s, c.x, T{}, part, kRows, scratch, [&](int64_t m, int64_t count, Strip strip) {
-    for (int64_t p = part.first_panel; p < part.last_panel; ++p) {
-      const int64_t k = p * kPanel, width = padded - k < kPanel ? kLanes : kPanel, left = s.K - k;
-      strip.weights = c.weights + strip.count * strip.words * k;
-      const Finish<T> end = finish_of(c, k, m * s.K + k, left < width ? left : width);
-      with_tile<kRows>(count, width == kPanel, [&]<int ROWS, int COLUMNS>() { tile<T, ROWS, COLUMNS>(strip, end); });
-    }
-  });
+  by_strips(
+      s, c.x, T{}, c.weights, part, kRows, scratch, [&](int64_t panel, int64_t m, int64_t count, const Strip& strip) {
+        const int64_t k = panel * kPanel, width = padded - k < kPanel ? kLanes : kPanel, left = s.K - k;
+        const Finish<T> end = finish_of(c, k, m * s.K + k, left < width ? left : width);
+        if (m + 2 * count <= part.last_row) ask_for(c, (m + count) * s.K + k, count);
+        with_tile<kRows>(count, width == kPanel, [&]<int ROWS, int COLUMNS>() { tile<T, ROWS, COLUMNS>(strip, end); });
+      });
 }
 
 template <class T>

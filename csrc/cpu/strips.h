@@ -1,6 +1,7 @@
-// Convolutions of few channels, as a stem's: the rows of x under the kernel are copied once, with their padding, and a
-// row of the kernel reads its columns where they lie, because neighbouring pixels touch in memory. So nothing is
-// gathered: the pixels of a tile are `step` bytes apart in the copy. Weights are packed as for direct.h and gemm8.h.
+// Convolutions whose patches are read where they lie: the rows of x under a band of rows of y are copied once, with
+// their padding, and a row of the kernel reads its columns there, because neighbouring pixels touch in memory: the
+// pixels of a tile are `step` bytes apart. Gathering patches would copy each value R * S times. Weights are packed as
+// for direct.h and gemm8.h.
 #pragma once
 
 #include "cpu/simd.h"
@@ -9,12 +10,14 @@ namespace fused_resnet {
 namespace FR_ISA {
 namespace {
 
+constexpr int64_t kBandBytes = 192 << 10;  // of a band's copies: they stay in the second cache
+
 // What a tile of pixels of one row of y reads.
 struct Strip {
-  const char* const* rows;  // [R] where the first pixel's columns start
-  int32_t count, words;     // R; words of the columns of one row of the kernel
-  int64_t step;             // bytes from one pixel to the next
-  uint32_t last;            // the bits of the last word that are the pixel's own: behind them anything may lie
+  const char* first;     // where the first pixel's columns start in the kernel's first row
+  int64_t pitch, step;   // bytes from one row of the kernel to the next, from one pixel to the next
+  int32_t count, words;  // rows of the kernel; words of the columns of one
+  uint32_t last;         // the bits of the last word that are the pixel's own: behind them anything may lie
   const uint32_t* weights;
 };
 
@@ -38,71 +41,79 @@ template <class M, int ROWS, int COLUMNS>
 FR_INLINE void add_strip(const Strip& strip, typename M::Sums (&sum)[ROWS][COLUMNS]) {
   const uint32_t* b = strip.weights;
   for (int32_t r = 0; r < strip.count; ++r) {
-    const char *a = strip.rows[r], *end = a + 4 * (strip.words - 1);
+    const char *a = strip.first + r * strip.pitch, *end = a + 4 * (strip.words - 1);
     for (; a != end; a += 4, b += COLUMNS * kLanes) add_word<M>(a, strip.step, ~0u, b, sum);
     add_word<M>(a, strip.step, strip.last, b, sum);
     b += COLUMNS * kLanes;
   }
 }
 
-// The last R rows of x that were asked for, with their padding.
+// Rows of y whose copies are made at once.
+FR_INLINE int64_t band_rows(const ConvShape& s, int64_t element) {
+  const int64_t fit = (kBandBytes / strip_pitch(s, element) - s.R) / s.stride_h + 1;
+  return fit < 1 ? 1 : fit > s.P ? s.P : fit;
+}
+
+FR_INLINE int64_t strip_scratch(const ConvShape& s, int64_t element) {
+  return ((band_rows(s, element) - 1) * s.stride_h + s.R) * strip_pitch(s, element);
+}
+
+// Row h of the padded image n; `zero` is what borders hold.
 template <class T>
-class Rows {
- public:
-  // `room` has strip_scratch bytes; borders hold `zero`.
-  Rows(const ConvShape& shape, const T* x, T zero, void* room)
-      : s(shape), x(x), zero(zero), pitch(strip_pitch(shape, sizeof(T))), room(static_cast<char*>(room)) {}
+void copy_padded(const ConvShape& s, const T* x, T zero, int64_t n, int32_t h, T* to) {
+  const int64_t elements = strip_pitch(s, sizeof(T)) / static_cast<int64_t>(sizeof(T));
+  const int64_t left = int64_t{s.pad_w} * s.C, width = int64_t{s.W} * s.C;
+  const bool there = inside(h - s.pad_h, s.H) && left < elements;
+  const int64_t own = !there ? 0 : width < elements - left ? width : elements - left, start = there ? left : 0;
+  for (int64_t i = 0; i < start; ++i) to[i] = zero;
+  if (own > 0) memcpy(to + start, x + nhwc(n, h - s.pad_h, 0, 0, s.H, s.W, s.C), static_cast<size_t>(own) * sizeof(T));
+  for (int64_t i = start + own; i < elements; ++i) to[i] = zero;
+}
 
-  // Rows of the copy under the kernel at row p of image n.
-  void at(int32_t n, int32_t p, const char** rows) {
-    const int32_t first = p * s.stride_h, end = first + s.R;  // of the padded image
-    int32_t h = n == image && first >= low && first < high ? high : first;
-    for (; h < end; ++h) copy(n, h);
-    image = n, low = first, high = end;
-    for (int32_t r = 0; r < s.R; ++r) rows[r] = room + (first + r) % s.R * pitch;
-  }
-
- private:
-  void copy(int32_t n, int32_t h) {
-    T* to = reinterpret_cast<T*>(room + h % s.R * pitch);
-    const int64_t elements = pitch / static_cast<int64_t>(sizeof(T));
-    const int64_t left = int64_t{s.pad_w} * s.C, width = int64_t{s.W} * s.C;
-    const bool there = inside(h - s.pad_h, s.H) && left < elements;
-    const int64_t own = !there ? 0 : width < elements - left ? width : elements - left, start = there ? left : 0;
-    for (int64_t i = 0; i < start; ++i) to[i] = zero;
-    if (own > 0)
-      memcpy(to + start, x + nhwc(n, h - s.pad_h, 0, 0, s.H, s.W, s.C), static_cast<size_t>(own) * sizeof(T));
-    for (int64_t i = start + own; i < elements; ++i) to[i] = zero;
-  }
-
-  const ConvShape& s;
-  const T* x;
-  const T zero;
-  const int64_t pitch;
-  char* const room;
-  int32_t image = -1, low = 0, high = 0;  // what the copy holds: rows [low, high) of the padded image
-};
-
-// Calls f(first row of y, how many, strip) for every tile of the part; the weights are for it to fill in.
+// Calls f(panel, first pixel of y, how many, strip) for every tile of the part.
 template <class T, class F>
-FR_INLINE void by_strips(const ConvShape& s, const T* x, T zero, const Part& part, int rows_of_tile, void* scratch,
-                         const F& f) {
+FR_INLINE void by_strips(const ConvShape& s, const T* x, T zero, const uint32_t* weights, const Part& part,
+                         int rows_of_tile, void* scratch, const F& f) {
+  constexpr int64_t kPanelWords = 2 * kLanes;
   const Segments seg = segments_of<T>(s);
-  const int32_t own = seg.elements * static_cast<int32_t>(sizeof(T)) % 4;
-  const char *rows[kMostOfStrip], *start[kMostOfStrip];
-  Rows<T> copies(s, x, zero, scratch);
-  Pixel at = pixel_of(part.first_row, s.P, s.Q);
+  const int32_t rest = seg.elements * static_cast<int32_t>(sizeof(T)) % 4;
+  const int64_t pitch = strip_pitch(s, sizeof(T)), step = int64_t{s.stride_w} * s.C * sizeof(T);
+  const int64_t depth = int64_t{seg.count} * seg.words;
+  Strip strip{nullptr, pitch, step, s.R, seg.words, rest == 0 ? ~0u : (1u << 8 * rest) - 1, nullptr};
+  const auto* copies = static_cast<const char*>(scratch);
   for (int64_t m = part.first_row; m < part.last_row;) {
-    copies.at(at.n, at.p, rows);
-    const int64_t count = part.last_row - m < s.Q - at.q ? part.last_row - m : s.Q - at.q;
-    const int64_t tiles = ceil_div<int64_t>(count, rows_of_tile), step = int64_t{s.stride_w} * s.C * sizeof(T);
-    for (int64_t i = 0; i < tiles; ++i) {  // of nearly the same size
-      const int64_t first = count * i / tiles, last = count * (i + 1) / tiles;
-      for (int32_t r = 0; r < s.R; ++r) start[r] = rows[r] + (at.q + first) * step;
-      f(m + first, last - first, Strip{start, s.R, seg.words, step, own == 0 ? ~0u : (1u << 8 * own) - 1, nullptr});
+    const Pixel start = pixel_of(m, s.P, s.Q);
+    const int64_t below = start.p + band_rows(s, sizeof(T)) < s.P ? start.p + band_rows(s, sizeof(T)) : s.P;
+    const int64_t end = m - start.q + (below - start.p) * s.Q, last = end < part.last_row ? end : part.last_row;
+    const int64_t rows = ceil_div<int64_t>(start.q + last - m, s.Q);
+    for (int64_t h = 0; h < (rows - 1) * s.stride_h + s.R; ++h)
+      copy_padded(s, x, zero, start.n, start.p * s.stride_h + static_cast<int32_t>(h),
+                  reinterpret_cast<T*>(static_cast<char*>(scratch) + h * pitch));
+    const auto tiles = [&](const auto& g) {
+      for (int64_t p = 0, at = m; p < rows; ++p) {
+        const int64_t q = p == 0 ? start.q : 0, own = s.Q - q < last - at ? s.Q - q : last - at;
+        const int64_t count = ceil_div<int64_t>(own, rows_of_tile);
+        for (int64_t i = 0; i < count; ++i) {  // of nearly the same size
+          const int64_t from = own * i / count, to = own * (i + 1) / count;
+          strip.first = copies + p * s.stride_h * pitch + (q + from) * step;
+          g(at + from, to - from);
+        }
+        at += own;
+      }
+    };
+    const auto tile = [&](int64_t panel, int64_t at, int64_t count) {
+      strip.weights = weights + depth * panel * kPanelWords;
+      f(panel, at, count, strip);
+    };
+    if (depth * s.K <= kWeightsAtHand) {  // whole rows of y are written one after the other
+      tiles([&](int64_t at, int64_t count) {
+        for (int64_t p = part.first_panel; p < part.last_panel; ++p) tile(p, at, count);
+      });
+    } else {
+      for (int64_t p = part.first_panel; p < part.last_panel; ++p)
+        tiles([&](int64_t at, int64_t count) { tile(p, at, count); });
     }
-    m += count;
-    at = at.p + 1 == s.P ? Pixel{at.n + 1, 0, 0} : Pixel{at.n, at.p + 1, 0};
+    m = last;
   }
 }
 

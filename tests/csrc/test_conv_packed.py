@@ -26,11 +26,13 @@ DIRECT = [
     conv(17, 17, (3, 8), 6, padding=(4, 3), n=1), conv(3, 5, 7, 2, dilation=(2, 3), padding=1, activation="hardswish"),
     conv(17, 48, (7, 5), (1, 3), padding=(0, 1), residual=True, activation="identity"),
     conv(48, 17, (5, 7), (3, 1), padding=(1, 0), stride=(1, 2)), conv(5, 6, 6, (1, 3), dilation=2, padding=(1, 2)),
-    # Strips: several images, channels from 1 to 16, strides longer than the kernel, padding that covers it, odd pairs.
+    # Strips: several images, few channels and many, strides longer than the kernel, padding that covers it, odd pairs,
+    # weights that stay at hand and others, several bands.
     conv(3, 40, (9, 11), 7, stride=2, n=3, residual=True), conv(1, 16, (12, 5), n=2, activation="identity"),
     conv(16, 33, (4, 6), (16, 2), padding=(15, 1)), conv(15, 20, (5, 9), (2, 5), stride=(5, 7), padding=(1, 4)),
     conv(2, 48, 30, 5, stride=(4, 3), bias=True), conv(5, 70, (3, 40), n=3, residual=True, activation="silu"),
-    conv(3, 32, (20, 50), 3, stride=2), conv(21, 24, 5, residual=True),
+    conv(21, 24, 5, residual=True), conv(24, 40, (5, 12), residual=True), conv(33, 70, (13, 10), (3, 5), padding=2),
+    conv(48, 17, (25, 31), stride=2, n=3), conv(130, 80, (4, 11), residual=True), conv(200, 16, (12, 40), n=1),
     # Groups: one channel each, fewer filters than a vector, more than a panel, several panels that do not divide.
     conv(24, 24, 6, groups=24, residual=True), conv(17, 34, 5, groups=17, stride=2, activation="relu6"),
     conv(12, 20, 6, groups=4, dilation=2, n=1), conv(6, 102, (4, 3), groups=3, residual=True, activation="silu"),
@@ -146,7 +148,8 @@ def test_vectors_may_be_absent(method, problem, dtype, isa):
 
 
 SPECIAL = [conv(17, 24, (6, 5), residual=True), conv(128, 33, 5, 1, residual=True), conv(8, 8, 6, 3, groups=8),
-           conv(24, 32, 7, 3, stride=2), conv(7, 40, (6, 9), 3, residual=True)]
+           conv(24, 32, 7, 3, stride=2), conv(7, 40, (6, 9), 3, residual=True),
+           conv(24, 40, (6, 12), residual=True)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

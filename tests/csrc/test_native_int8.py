@@ -34,7 +34,8 @@ def image(*shape):
 @pytest.mark.parametrize("c, k, size, kernel, stride, padding, dilation", [
     (64, 80, 9, 1, 1, 0, 1), (3, 40, 21, 7, 2, 3, 1), (24, 48, 7, 3, 1, 1, 2), (260, 33, 4, 3, 1, 1, 1),
     (5, 7, 6, (2, 3), (1, 2), (0, 2), 1), (1, 1, 1, 1, 1, 0, 1), (130, 17, 3, 3, 2, 2, 1),
-    (16, 40, 13, (4, 3), (3, 5), (3, 1), 1), (24, 33, 5, 1, 1, 0, 1), (256, 64, 6, 1, 1, 0, 1)])
+    (16, 40, 13, (4, 3), (3, 5), (3, 1), 1), (24, 33, 5, 1, 1, 0, 1), (256, 64, 6, 1, 1, 0, 1),
+    (50, 33, 14, 3, 1, 1, 1), (320, 64, 12, 3, 1, 1, 1), (32, 16, 23, 3, 2, 1, 1)])
 def test_sums_of_every_instruction_set_are_exact(isa, c, k, size, kernel, stride, padding, dilation):
     pair = lambda v: v if isinstance(v, tuple) else (v, v)
     x, weight = image(3, c, size, size), torch.randint(-127, 128, (k, c, *pair(kernel)), dtype=torch.int8)

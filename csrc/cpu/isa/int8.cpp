@@ -60,7 +60,7 @@ void gather8(const Int8Run& c, const Segments& depth, int64_t first, int64_t las
 }
 
 int64_t scratch(const ConvShape& s, const Part& part) {
-  if (in_strips(s)) return s.R * strip_pitch(s, 1);
+  if (in_strips(s)) return strip_scratch(s, 1);
   const int64_t chunks = ceil_div(depth_of(segments_of<uint8_t>(s)), kChunk);
   return 4 * (part.last_row - part.first_row) * chunks * kChunk;
 }
@@ -74,18 +74,23 @@ FR_INLINE void run_tile8(const Int8Run& c, int64_t p, int64_t m, int64_t count, 
   with_tile<kRows8>(count, width == kPanel8, [&]<int ROWS, int COLUMNS>() { tile8<A, ROWS, COLUMNS>(a, end); });
 }
 
-void conv_strips(const Int8Run& c, const Part& part, void* scratch) {
-  by_strips(c.shape, c.x, static_cast<uint8_t>(c.x_zero), part, kRows8, scratch,
-            [&](int64_t m, int64_t count, Strip strip) {
-              for (int64_t p = part.first_panel; p < part.last_panel; ++p) {
-                strip.weights = c.weights + strip.count * strip.words * p * kPanel8;
-                run_tile8(c, p, m, count, strip);
-              }
-            });
+// The lines in which a tile ends, while the one before it computes: y is written, the residual read.
+void ask_for(const Int8Run& c, int64_t at, int64_t rows) {
+  const int64_t y_bytes = c.y_narrow ? 1 : 4, residual_bytes = c.residual_narrow ? 1 : 4;
+  for (int64_t i = 0; i < rows; ++i, at += c.shape.K) {
+    __builtin_prefetch(static_cast<const char*>(c.y) + at * y_bytes, 1);
+    if (c.residual != nullptr) __builtin_prefetch(static_cast<const char*>(c.residual) + at * residual_bytes);
+  }
 }
 
 void conv(const Int8Run& c, const Part& part, void* scratch) {
-  if (in_strips(c.shape)) return conv_strips(c, part, scratch);
+  if (in_strips(c.shape)) {
+    return by_strips(c.shape, c.x, static_cast<uint8_t>(c.x_zero), c.weights, part, kRows8, scratch,
+                     [&](int64_t p, int64_t m, int64_t count, const Strip& strip) {
+                       if (m + 2 * count <= part.last_row) ask_for(c, (m + count) * c.shape.K + p * kPanel8, count);
+                       run_tile8(c, p, m, count, strip);
+                     });
+  }
   const Segments seg = segments_of<uint8_t>(c.shape);
   const int64_t depth = depth_of(seg), K = c.shape.K;
   const int64_t rows = part.last_row - part.first_row, tiles = ceil_div<int64_t>(rows, kRows8);
@@ -98,17 +103,9 @@ void conv(const Int8Run& c, const Part& part, void* scratch) {
   } else {
     gather8(c, seg, part.first_row, part.last_row, a);
   }
-  const int64_t y_bytes = c.y_narrow ? 1 : 4, residual_bytes = c.residual_narrow ? 1 : 4;
   const auto product = [&](int64_t p, int64_t i) {
     const int64_t t = rows * i / tiles, count = rows * (i + 1) / tiles - t;  // of nearly the same size
-    if (i + 1 < tiles) {  // what the next tile ends in comes from memory while this one computes
-      const int64_t line = (part.first_row + t + count) * K + p * kPanel8;
-      for (int64_t m = 0; m < count; ++m) {
-        __builtin_prefetch(static_cast<const char*>(c.y) + (line + m * K) * y_bytes, 1);
-        if (c.residual != nullptr)
-          __builtin_prefetch(static_cast<const char*>(c.residual) + (line + m * K) * residual_bytes);
-      }
-    }
+    if (i + 1 < tiles) ask_for(c, (part.first_row + t + count) * K + p * kPanel8, count);
     run_tile8(c, p, part.first_row + t, count,
               Operands8{reinterpret_cast<const uint32_t*>(from + t * row), c.weights + depth * p * kPanel8, row, chunk,
                         depth});
