@@ -36,15 +36,17 @@ FR_HD Segments segments_of(const ConvShape& s) {
   return Segments{touch ? s.R : s.R * s.S, elements, (elements + per_word - 1) / per_word};
 }
 
-// Whether strips.h computes a convolution: its kernel reaches over pixels, and rows of y fill a tile about as well as
-// pixels that are gathered from several rows would.
-FR_HD bool in_strips(const ConvShape& s) {
-  return s.groups == 1 && s.dilation_h == 1 && s.dilation_w == 1 && s.R * s.S > 1 && (s.Q >= 10 || s.C <= 16);
-}
-
-// Bytes of a row of its copies: from the first pixel's first column to the last one's last, and the rest of a word.
+// Bytes of a row of the copies of strips.h: from the first pixel's first column to the last one's last, and the rest of
+// a word.
 FR_HD int64_t strip_pitch(const ConvShape& s, int64_t element) {
   return ceil_div<int64_t>((int64_t{s.Q - 1} * s.stride_w + s.S) * s.C * element + 4, 64) * 64;
+}
+
+// Whether strips.h computes a convolution: its kernel reaches over pixels, rows of y fill a tile about as well as
+// pixels that are gathered from several rows would, and the rows under the kernel stay in the second cache.
+FR_HD bool in_strips(const ConvShape& s) {
+  return s.groups == 1 && s.dilation_h == 1 && s.dilation_w == 1 && s.R * s.S > 1 && (s.Q >= 10 || s.C <= 16) &&
+         s.R * strip_pitch(s, 4) <= 1 << 20;
 }
 
 // Whether the product reads x as it lies: whole words of one chunk. More would come from memory line by line.
