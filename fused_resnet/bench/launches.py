@@ -20,7 +20,8 @@ PREFIX = "fused_resnet::"
 CATEGORIES = ("conv", "norm", "activation", "add", "pool", "linear", "other")
 EPILOGUES = ("norm", "activation", "add")  # what a fused row must not launch on its own
 
-OWN = {"fused_resnet::_max_pool": "pool", "fused_resnet::_quantize": "other"}  # all others are convolutions
+# What our own operators are, if not convolutions; `_image` only finds memory.
+OWN = {"fused_resnet::_max_pool": "pool", "fused_resnet::_quantize": "other", "fused_resnet::_image": None}
 
 _NAMES = {
     "conv": r"conv(olution|_transpose|_tbc|_depthwise)?([123]d|_\w+)?$|(mkldnn|cudnn|miopen|thnn|slow)_conv\w*|"
@@ -70,7 +71,8 @@ def _walk(event: Any, kernels: bool) -> Iterator[tuple[str, Any]]:
         return
     below = [launch for child in event.cpu_children for launch in _walk(child, kernels)]
     if not below and _ours(event):
-        below = [(OWN.get(event.name, "conv"), event)]  # a kernel of our own that calls no operator
+        own = OWN.get(event.name, "conv")
+        below = [] if own is None else [(own, event)]  # a kernel of our own that calls no operator
     elif not below and kind == "other":
         below = [("other", event)]
     yield from below

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fused_resnet import native
+from fused_resnet.bench import launches
 
 pytestmark = pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
 ROOM = 256 << 20  # bytes that may lie idle
@@ -92,3 +93,7 @@ def test_a_forked_process_has_images_too():
         other = image(64).fill_(2)
         os._exit(0 if (held == 1).all() and (other == 2).all() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and (held == 1).all()
+
+
+def test_a_profile_counts_memory_as_no_launch():
+    assert not launches.count(lambda: image(200))
