@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 
@@ -48,8 +49,10 @@ struct Grid {
 // divided, so that threads share the rows and each reads its own weights.
 inline Grid grid_of(int64_t rows, int64_t panels, int64_t most, int64_t least) {
   const int64_t threads = torch::stable::get_num_threads(), blocks = ceil_div(rows, most);
-  const int64_t even = padded(blocks, threads);
-  if (rows / even >= least) return {rows, panels, even, 1};
+  for (int64_t each : {2, 1}) {  // parts of a thread, at least: two, so that one may be left to others
+    const int64_t even = padded(std::max(blocks, each * threads), threads);
+    if (rows / even >= least) return {rows, panels, even, 1};
+  }
   return {rows, panels, blocks, std::min(panels, ceil_div(threads, blocks))};
 }
 
@@ -58,10 +61,28 @@ inline int64_t strip_rows(const ConvShape& s, int64_t tile) {
   return std::max<int64_t>(16 * s.Q, 8 * tile);
 }
 
+// Every thread takes the parts of its own run, then what others have left: a processor that somebody else slows down,
+// as happens to virtual ones, keeps nobody waiting for more than a part.
 template <class F>
 void run_parts(const Grid& grid, const F& f) {
-  torch::stable::parallel_for(0, grid.size(), 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) f(grid[i]);
+  struct alignas(64) Run {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  constexpr int64_t kMost = 64;
+  const int64_t runs = std::min<int64_t>({static_cast<int64_t>(torch::stable::get_num_threads()), grid.size(), kMost});
+  Run run[kMost];
+  for (int64_t i = 0; i < runs; ++i) {
+    run[i].next = grid.size() * i / runs;
+    run[i].end = grid.size() * (i + 1) / runs;
+  }
+  torch::stable::parallel_for(0, runs, 1, [&](int64_t first, int64_t last) {
+    for (int64_t own = first; own < last; ++own) {
+      for (int64_t i = 0; i < runs; ++i) {
+        Run& from = run[(own + i) % runs];
+        for (int64_t part; (part = from.next.fetch_add(1, std::memory_order_relaxed)) < from.end;) f(grid[part]);
+      }
+    }
   });
 }
 
