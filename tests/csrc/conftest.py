@@ -97,3 +97,14 @@ def library(setup_script, tmp_path_factory):
     assert native.missing("cpu") is None
     BUILT.append(folder / "_C_cpu.so")
     return BUILT[0]
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512dot"])
+def isa(request, library):
+    """The name of an instruction set that the processor has."""
+    try:
+        torch.ops.fused_resnet._conv_pack(torch.ones(1, 1, 1, 1), *[None] * 5, 0.0, (1, 1), 1, "direct", request.param)
+    except RuntimeError as error:
+        assert "this processor or this build has no" in str(error)
+        pytest.skip(str(error).splitlines()[0])
+    return request.param

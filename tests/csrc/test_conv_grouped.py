@@ -51,17 +51,6 @@ def image(p):
     return torch.full(p.output_shape, NAN, dtype=numerics.DTYPES[p.dtype]).to(memory_format=torch.channels_last)
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512dot"])
-def isa(request, library):
-    """The name of an instruction set that the processor has."""
-    try:
-        OPS._conv_pack(torch.ones(1, 1, 1, 1), *[None] * 5, 0.0, (1, 1), 1, "direct", request.param)
-    except RuntimeError as error:
-        assert "this processor or this build has no" in str(error)
-        pytest.skip(str(error).splitlines()[0])
-    return request.param
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.id)
 def test_results_are_right_and_memory_around_them_is_left_alone(problem, dtype, isa):

@@ -13,7 +13,6 @@ from fused_resnet.testing.memory import BAND, Guards
 
 pytestmark = pytest.mark.usefixtures("library")
 OPS = torch.ops.fused_resnet
-ISAS = ("baseline", "avx2", "avx512", "avx512dot")
 DTYPES = ("fp32", "bf16")
 PIXELS = {"winograd2": 2, "winograd4": 4}
 NAN = float("nan")
@@ -55,17 +54,6 @@ WINOGRAD = [
 CASES = [("direct", problem) for problem in DIRECT] + [(method, problem) for method in PIXELS for problem in WINOGRAD]
 BOTH = [("direct", conv(24, 40, (5, 7), residual=True)), ("winograd2", conv(32, 48, (5, 7), residual=True)),
         ("winograd4", conv(32, 48, (5, 7), residual=True))]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, library):
-    """The name of an instruction set that the processor has."""
-    try:
-        OPS._conv_pack(torch.ones(1, 1, 1, 1), *[None] * 5, 0.0, (1, 1), 1, "direct", request.param)
-    except RuntimeError as error:
-        assert "this processor or this build has no" in str(error)
-        pytest.skip(str(error).splitlines()[0])
-    return request.param
 
 
 @functools.cache
