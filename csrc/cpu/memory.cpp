@@ -38,13 +38,13 @@ class Store {
     block->next = first_;
     first_ = block;
     idle_ += block->bytes;
-    for (Block** at = &first_; idle_ > kKept;) {  // the last one has been idle for longest
+    while (idle_ > kKept) {  // the last one has been idle for longest
+      Block** at = &first_;
       while ((*at)->next != nullptr) at = &(*at)->next;
       Block* oldest = *at;
       *at = nullptr;
       idle_ -= oldest->bytes;
       drop(oldest);
-      at = &first_;
     }
   }
 
