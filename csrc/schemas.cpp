@@ -24,7 +24,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet, m) {
   m.def(
       "_conv_pack(Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var, float eps, "
       "int[2] dilation, int groups, str method, str isa='') -> Tensor");
-  m.def("_image(Tensor x, int channels, int height, int width) -> Tensor");  // uninitialised, for _conv_packed
+  m.def("_image(Tensor x, int[4] size) -> Tensor");  // uninitialised, channels_last, with dtype and device of x
   m.def(
       "_conv_packed(Tensor(a!) y, Tensor x, Tensor pack, Tensor? residual, int[2] kernel, int[2] stride, "
       "int[2] padding, int[2] dilation, int groups, str activation, str method) -> ()");
@@ -38,6 +38,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet, m) {
       "Tensor");
   m.def("_quantize(Tensor x, float inverse, int zero) -> Tensor");
   m.def("_max_pool(Tensor x, int[2] kernel, int[2] stride, int[2] padding) -> Tensor");
+  // Launches of the CPU's operators above, recorded by fused_resnet/tape.py, which knows the layout of entries and
+  // numbers.
+  m.def("_play(Tensor[] given, Tensor[] packs, Tensor entries, Tensor numbers, int[] results) -> Tensor[]");
+  m.def("_is_finite(Tensor x) -> bool");  // x is dense and of floating point
   m.def(
       "_stem(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var, float eps, "
       "str activation, int[2] stride, int[2] padding) -> Tensor");

@@ -11,7 +11,6 @@ import functools
 import importlib
 import importlib.util
 import json
-import math
 import platform
 import threading
 import warnings
@@ -21,10 +20,11 @@ from typing import Any
 
 import torch
 
-from fused_resnet import judge, native
+from fused_resnet import judge, native, tape
 from fused_resnet.judge import widen
 from fused_resnet.problem import ConvProblem
 from fused_resnet.settings import cache_folder, enabled, interpreting, setting
+from fused_resnet.tape import all_finite
 from fused_resnet.tuning import Cache, Table, same_tile
 
 NAMES = ("cuda", "triton", "cudnn", "cpu", "reference")
@@ -63,6 +63,7 @@ _references: dict[str, Callable[[Any, Any], Any]] = {}
 _choices: dict[tuple[Any, ...], Choice] = {}
 _broken: dict[str, str] = {}  # key of a verdict -> the verdict
 _lock = threading.Lock()
+_epoch = 0  # counts how often choices were dropped
 
 
 def register(family: str, reference: Callable[[Any, Any], Any]) -> None:
@@ -171,7 +172,8 @@ def run(family: str, problem: Any, operands: Any, finite: bool = False) -> Any:
     choice = choose(family, problem)
     _state.last = choice.name
     result = NotImplemented
-    if operands.reuse and not choice.trusted:
+    if not choice.trusted:
+        tape.spoil()
         operands = operands._replace(reuse=False)  # the self-check reads the residual again
     if finite or not choice.needs_finite or all_finite(operands.x, operands.residual):
         result = choice.forward(problem, operands)
@@ -183,14 +185,14 @@ def run(family: str, problem: Any, operands: Any, finite: bool = False) -> Any:
     return result
 
 
+def regime() -> tuple[Any, ...] | None:
+    """What choices depend on besides problems: while it is the same, the same are made. None: somebody watches."""
+    return None if _state.visit is not None else (forced(), _epoch)
+
+
 def last() -> str:
     """The backend that ran this thread's last problem."""
     return _state.last
-
-
-def all_finite(*tensors: torch.Tensor | None) -> bool:
-    """Whether no tensor holds NaN or Inf, at the price of one sum each."""
-    return all(t is None or math.isfinite(t.sum(dtype=torch.float32).item()) for t in tensors)
 
 
 def forget(tensors: Iterable[torch.Tensor]) -> int:
@@ -200,7 +202,7 @@ def forget(tensors: Iterable[torch.Tensor]) -> int:
 
 def reset() -> None:
     """Forgets choices and broken kernels of this process; the cache file stays."""
-    _choices.clear()
+    _drop(list(_choices))
     _broken.clear()
     setting.cache_clear()
     cache.cache_clear()
@@ -231,13 +233,19 @@ def reference(family: str) -> Callable[[Any, Any], Any]:
 def adopt(family: str, problem: ConvProblem, row: dict[str, Any]) -> None:
     """Makes {"backend", "tile", ...} this user's choice for `problem` on this device, from now on."""
     cache().set(tuned_key(family, problem), row)
-    for key in [k for k in _choices if k[:2] == (family, problem)]:
-        del _choices[key]
+    _drop([k for k in _choices if k[:2] == (family, problem)])
 
 
 def tuned_key(family: str, problem: ConvProblem) -> str:
     """Where the cache keeps what tuning found for `problem` on this device."""
     return f"tuned {family} {problem.id} {device_name(problem.device)}"
+
+
+def _drop(keys: list[tuple[Any, ...]]) -> None:
+    global _epoch
+    _epoch += 1
+    for key in keys:
+        _choices.pop(key, None)
 
 
 def _choose(family: str, problem: ConvProblem) -> Choice:
@@ -378,9 +386,8 @@ def _self_check(family: str, choice: Choice, problem: Any, operands: Any, result
         return result
     with _lock:
         _broken[key] = verdict
-        for one in [k for k, c in _choices.items() if c.name == choice.name and c.tile == choice.tile
-                    and k[0] == family and k[1].layer == problem.layer]:
-            del _choices[one]
+        _drop([k for k, c in _choices.items() if (c.name, c.tile, k[0]) == (choice.name, choice.tile, family)
+               and k[1].layer == problem.layer])
     cache().set(key, verdict)
     name = choice.name if choice.tile is None else f"{choice.name} {json.dumps(choice.tile, sort_keys=True)}"
     warnings.warn(f"fused_resnet disables {name} for {problem.id} on {device_name(problem.device)}: {verdict}. "
@@ -389,5 +396,5 @@ def _self_check(family: str, choice: Choice, problem: Any, operands: Any, result
 
 
 __all__ = ["NAMES", "Choice", "adopt", "all_finite", "available", "cache", "choose", "device_name", "enabled",
-           "explain", "forced", "forget", "interpreting", "kernels", "last", "reference", "register", "reset", "run",
-           "setting", "tiles", "tuned_key", "use", "visited", "widen"]
+           "explain", "forced", "forget", "interpreting", "kernels", "last", "reference", "regime", "register", "reset",
+           "run", "setting", "tiles", "tuned_key", "use", "visited", "widen"]

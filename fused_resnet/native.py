@@ -170,11 +170,15 @@ def _fake_max_pool(x, kernel, stride, padding):
     return _image(x, *x.shape[:2], p, q)
 
 
+def _fake_play(given, packs, entries, numbers, results):
+    raise NotImplementedError("a tape is data: what traces runs the launches one by one")
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "_bn_act": _fake_bn_act, "_bn_act_sums": _fake_bn_act_sums, "_bn_act_grad": _fake_bn_act_grad,
     "_conv_bn_act": _fake_conv_bn_act, "_stem": _fake_stem,
     "_conv_pack": _fake_conv_pack, "_conv_packed": lambda y, *rest: None,
-    "_image": lambda x, *sizes: _image(x, x.shape[0], *sizes),
+    "_image": lambda x, size: _image(x, *size), "_is_finite": lambda x: bool(x.isfinite().all()), "_play": _fake_play,
     "_bn_finalise": _fake_bn_finalise,
     "_conv_int8_pack": _fake_conv_int8_pack, "_conv_int8": _fake_conv_int8, "_quantize": _fake_quantize,
     "_max_pool": _fake_max_pool}

@@ -14,7 +14,7 @@ MAX_LINES = 400
 LEAVES = {"problem", "numerics", "int8", "timing", "judge", "library", "settings"}
 BELOW_OPS = LEAVES | {"tuning", "backends", "tuner"}
 BELOW_NN = BELOW_OPS | {"ops", "functional"}
-BELOW_FUSING = BELOW_NN | {"nn", "models", "native"}
+BELOW_FUSING = BELOW_NN | {"nn", "models", "native", "tape"}
 BELOW_TESTING = BELOW_FUSING | {"fusing"}
 BELOW_BENCH = BELOW_TESTING | {"testing", "graphs"}
 # Room -> the rooms that it may import; its own is always allowed.
@@ -28,10 +28,11 @@ ALLOWED = {
     "library": LEAVES,
     "tuning": LEAVES,
     "native": LEAVES,
-    "backends": LEAVES | {"tuning", "native"},
+    "tape": LEAVES | {"native"},
+    "backends": LEAVES | {"tuning", "native", "tape"},
     "tuner": LEAVES | {"tuning", "backends"},
-    "kernels": {"problem", "tuning", "numerics", "int8", "native", "settings"},
-    "ops": BELOW_OPS | {"native"},
+    "kernels": {"problem", "tuning", "numerics", "int8", "native", "tape", "settings"},
+    "ops": BELOW_OPS | {"native", "tape"},
     "functional": BELOW_OPS | {"ops"},
     "graphs": BELOW_OPS | {"kernels"},
     "nn": BELOW_NN,

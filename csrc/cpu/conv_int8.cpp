@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cpu/int8.h"
+#include "cpu/launches.h"
 #include "cpu/memory.h"
 #include "cpu/parts.h"
 #include "cpu/pick.h"
@@ -101,6 +102,8 @@ Tensor conv_int8_pack(const Tensor& weight, const Tensor& scale, const Tensor& s
   return pack;
 }
 
+}  // namespace
+
 Tensor conv_int8(const Tensor& x, const Tensor& pack, const Maybe& residual, const Sizes& filters, const Sizes& stride,
                  const Sizes& padding, const Sizes& dilation, double residual_scale, int64_t residual_zero,
                  int64_t y_zero, double low, double high, bool narrow) {
@@ -187,7 +190,6 @@ Tensor max_pool(const Tensor& x, const Sizes& kernel, const Sizes& stride, const
   return pool(int8s()[0], uint8_t{});
 }
 
-}  // namespace
 }  // namespace fused_resnet
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {

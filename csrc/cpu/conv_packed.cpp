@@ -3,6 +3,7 @@
 #include <array>
 #include <cstring>
 
+#include "cpu/launches.h"
 #include "cpu/parts.h"
 #include "cpu/pick.h"
 #include "cpu/winograd_tiles.h"
@@ -112,6 +113,13 @@ void pack_grouped(const ConvShape& s, int64_t lanes, const T* weight, float* out
       }
     }
   }
+}
+
+constexpr const char* kOther = "the weights were packed for another convolution, method or processor";
+
+Method known_method(const Header& header) {
+  STD_TORCH_CHECK(header.method >= 0 && header.method <= static_cast<int64_t>(Method::grouped), kOther);
+  return static_cast<Method>(header.method);
 }
 
 const uint8_t* check_pack(const Tensor& pack) {
@@ -239,11 +247,12 @@ void run_grouped(const ConvRun<T>& c, const Convs<T>& own) {
   });
 }
 
+}  // namespace
+
 void conv_packed(Tensor y, const Tensor& x, const Tensor& pack, const Maybe& residual, const Sizes& kernel,
                  const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
-                 const std::string& activation, const std::string& name) {
+                 Activation activation) {
   check_image(x, x, "x");
-  const Method method = method_of(name);
   STD_TORCH_CHECK(kernel.size() == 2 && groups > 0, "the kernel is a pair, groups are positive");
   const ConvShape s =
       conv_sizes(x, {y.size(1), x.size(1) / groups, kernel[0], kernel[1]}, stride, padding, dilation, groups);
@@ -253,9 +262,9 @@ void conv_packed(Tensor y, const Tensor& x, const Tensor& pack, const Maybe& res
     using T = decltype(element);
     if constexpr (std::is_same_v<T, float> || std::is_same_v<T, bf16>) {
       const Header header = *reinterpret_cast<const Header*>(check_pack(pack));
+      const Method method = known_method(header);
       const bool known = header.isa >= 0 && header.isa < static_cast<int64_t>(convs<T>().size());
-      STD_TORCH_CHECK(known && header == header_of<T>(s, method, header.isa),
-                      "the weights were packed for another convolution, method or processor");
+      STD_TORCH_CHECK(known && header == header_of<T>(s, method, header.isa), kOther);
       const Convs<T>& own = convs<T>()[header.isa];
       const int64_t vector = padded(s.K, 16);
       STD_TORCH_CHECK(pack.numel() == kHeader + 8 * vector + 4 * weight_words<T>(s, method, own.lanes),
@@ -269,7 +278,7 @@ void conv_packed(Tensor y, const Tensor& x, const Tensor& pack, const Maybe& res
                            reinterpret_cast<const uint32_t*>(scale + 2 * vector),
                            scale,
                            scale + vector,
-                           activation_of(activation)};
+                           activation};
       STD_TORCH_CHECK(method == Method::direct || method == Method::grouped ||
                           s.stride_h * s.stride_w * s.dilation_h * s.dilation_w == 1,
                       "Winograd's algorithm takes neither strides nor dilation");
@@ -287,10 +296,20 @@ void conv_packed(Tensor y, const Tensor& x, const Tensor& pack, const Maybe& res
   });
 }
 
+namespace {
+
+void conv_packed_op(Tensor y, const Tensor& x, const Tensor& pack, const Maybe& residual, const Sizes& kernel,
+                    const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
+                    const std::string& activation, const std::string& name) {
+  const auto* header = reinterpret_cast<const Header*>(check_pack(pack));
+  STD_TORCH_CHECK(known_method(*header) == method_of(name), kOther);
+  conv_packed(y, x, pack, residual, kernel, stride, padding, dilation, groups, activation_of(activation));
+}
+
 }  // namespace
 }  // namespace fused_resnet
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
   m.impl("_conv_pack", TORCH_BOX(&fused_resnet::conv_pack));
-  m.impl("_conv_packed", TORCH_BOX(&fused_resnet::conv_packed));
+  m.impl("_conv_packed", TORCH_BOX(&fused_resnet::conv_packed_op));
 }

@@ -106,12 +106,13 @@ Tensor make_image(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType dtype, 
 
 namespace {
 
-Tensor image(const Tensor& x, int64_t c, int64_t h, int64_t w) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.is_cpu() && c >= 0 && h >= 0 && w >= 0, "x must be [N, ...] on the CPU");
+Tensor image(const Tensor& x, const Sizes& size) {
+  STD_TORCH_CHECK(size.size() == 4 && x.is_cpu(), "an image is of four sizes, and on the CPU");
+  for (int64_t one : size) STD_TORCH_CHECK(one >= 0, "a size is ", one);
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16 ||
                       x.scalar_type() == ScalarType::Byte,
                   "x must be uint8, fp32 or bf16");
-  return make_image(x.size(0), c, h, w, x.scalar_type(), x);
+  return make_image(size[0], size[1], size[2], size[3], x.scalar_type(), x);
 }
 
 }  // namespace

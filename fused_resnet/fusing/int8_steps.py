@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_resnet import backends, int8, native
+from fused_resnet import backends, int8, native, tape
 from fused_resnet.fusing.plan import Plan, difference
 from fused_resnet.fusing.steps import Call, Launch
 from fused_resnet.nn import executor
@@ -98,18 +98,18 @@ class Int8Pool:
 
     def __init__(self, call: Call):
         self.call, self.target, self.out, self.frees = call, call.target, call.out, call.frees
+        self.x = call.args[0].at
 
     def run(self, values: list, tidy: bool, finite: bool = True) -> Any:
         pool = self.target
-        return max_pool(values[self.call.args[0].at], pair(pool.kernel_size), pair(pool.stride), pair(pool.padding))
+        return max_pool(values[self.x], pair(pool.kernel_size), pair(pool.stride), pair(pool.padding))
 
 
 def quantize(x: torch.Tensor, to: int8.Affine) -> torch.Tensor:
     """`int8.quantize`, by the native library where it is there: in an eighth of the time."""
     if native.missing("cpu") is not None or x.dim() != 4:
         return int8.quantize(x, to)
-    return torch.ops.fused_resnet._quantize.default(x.contiguous(memory_format=torch.channels_last), 1.0 / to.scale,
-                                                    to.zero)
+    return tape.quantize(x.contiguous(memory_format=torch.channels_last), 1.0 / to.scale, to.zero)
 
 
 def max_pool(x: torch.Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
@@ -117,7 +117,7 @@ def max_pool(x: torch.Tensor, kernel: tuple[int, int], stride: tuple[int, int], 
     """`conv_int8.max_pool`, by the native library where it is there."""
     if native.missing("cpu") is not None:
         return conv_int8.max_pool(x, kernel, stride, padding)
-    return torch.ops.fused_resnet._max_pool.default(x, kernel, stride, padding)
+    return tape.max_pool(x, kernel, stride, padding)
 
 
 def pair(value: Any) -> tuple[int, int]:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from fused_resnet import backends, numerics, tuner
-from fused_resnet.fusing import slices, trial
+from fused_resnet.fusing import replay, slices, trial
 from fused_resnet.fusing.guards import Guards
 from fused_resnet.fusing.route import NO_ROUTE, Route
 from fused_resnet.fusing.steps import Launch, Slot, fill_slots
@@ -54,6 +54,7 @@ class Plan:
         self.odd: set[tuple] = set()  # kinds of calls for which stock mixes memory formats inside
         self.broken: str | None = None
         self.fallbacks: dict[str, int] = {}
+        self.replays = replay.Replays()
         self.cuts: dict[tuple | None, slices.Cut | None] = {}  # by shape, which steps take a few images at a time
 
     def attach(self) -> None:
@@ -171,7 +172,10 @@ class Plan:
         cut, ruler, finite = self.cuts.get(key), None, True
 
         def run(some: list, over: list) -> bool:
-            return self._walk(some, over, tidy, finite, answers, ruler)
+            if answers is not None or ruler is not None or torch.autograd._profiler_enabled():
+                return self._walk(some, over, tidy, finite, answers, ruler)
+            images = [x if own is None else own for x, own in zip(args, over, strict=False)]  # those of a slice
+            return self._replayed(some, over, images, tidy, finite)
 
         if cut is not None:
             finite = slices.run(cut, steps, values, 2 * len(args), run)
@@ -188,11 +192,28 @@ class Plan:
 
         return fill_slots(self.output, give)
 
-    def _walk(self, steps: list, values: list, tidy: bool, finite: bool, answers: dict[int, list] | None,
-              ruler: slices.Ruler | None) -> bool:
+    def _replayed(self, steps: list, values: list, inputs: list, tidy: bool, finite: bool) -> bool:
+        """`_walk`, by what was recorded at an earlier call of this kind."""
+        if not replay.possible(inputs):
+            return self._walk(steps, values, tidy, finite)
+        items = self.replays.find(steps, inputs)
+        if items is not None:
+            return self._walk(items, values, tidy, finite)
+        recorder = replay.Recorder()
+        with recorder.listening():
+            finite = self._walk(steps, values, tidy, finite, None, recorder)
+        self.replays.keep(steps, inputs, recorder.items)
+        return finite
+
+    def _walk(self, steps: list, values: list, tidy: bool, finite: bool, answers: dict[int, list] | None = None,
+              watcher: slices.Ruler | replay.Recorder | None = None) -> bool:
         """Runs steps over values; returns whether no kernel has to look for NaN and Inf in what they made."""
         profiled = torch.autograd._profiler_enabled()
         for step in steps:
+            if type(step) is replay.Stretch:
+                if not (finite and step.play(values)):
+                    finite = self._walk(step.steps, values, tidy, finite)
+                continue
             if answers and step.opaque:
                 value = answers[id(step.target)].pop(0)
             elif profiled and type(step) is Launch:
@@ -202,8 +223,8 @@ class Plan:
                 value = step.run(values, tidy, finite)
             finite = finite and (step.steady or _finite(value))
             values[step.out] = value
-            if ruler is not None:
-                ruler.saw(step, values)
+            if watcher is not None:
+                watcher.saw(step, values)
             for slot in step.frees:
                 values[slot] = None
         return finite

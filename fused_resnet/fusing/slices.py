@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fused_resnet import timing
+from fused_resnet import native, tape, timing
 from fused_resnet.fusing.steps import STEADY_FUNCTIONS, Call, Launch, Slot, fill_slots
 
 # What these make of an image depends on that image alone.
@@ -97,12 +97,19 @@ def run(cut: Cut, steps: list, values: list, inputs: int, runner: Runner) -> boo
         finite = runner(first, part) and finite
         for slot in kept:
             if start == 0:
-                values[slot] = torch.empty((batch, *part[slot].shape[1:]), dtype=part[slot].dtype,
-                                           memory_format=torch.channels_last)
+                values[slot] = _image(part[slot], batch)
             values[slot][start:start + cut.images] = part[slot]
     for slot in dropped:
         values[slot] = None
     return finite
+
+
+def _image(like: torch.Tensor, batch: int) -> torch.Tensor:
+    """Room for `batch` images: from memory that served before where the native library is, new pages cost as much."""
+    size = batch, *like.shape[1:]
+    if like.dtype in (torch.float32, torch.bfloat16, torch.uint8) and native.missing("cpu") is None:
+        return tape.image(like, *size)
+    return torch.empty(size, dtype=like.dtype, memory_format=torch.channels_last)
 
 
 def _per_image(steps: list, inputs: int) -> int:

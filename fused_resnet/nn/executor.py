@@ -77,8 +77,8 @@ def launch(x: torch.Tensor, conv: nn.Module, norm: nn.Module | None, activation:
         memo: of this launch, if its caller has one.
     """
     state.kernel = state.pooled = False
-    own = NO_VECTORS if norm is None else _vectors(norm)
-    before, name = (NO_VECTORS, "") if prologue is None else (_vectors(prologue[0]), prologue[1])
+    own = vectors(norm)
+    before, name = (NO_VECTORS, "") if prologue is None else (vectors(prologue[0]), prologue[1])
     kind = "cpu" if x.is_cpu else x.device.type
     autocast = torch.is_autocast_enabled(kind) and x.dtype is not torch.float64
     if autocast:
@@ -164,8 +164,10 @@ def _fits(vectors: tuple, eps: float, size: int, x: torch.Tensor, norm: nn.Modul
     return eps > 0
 
 
-def _vectors(norm: nn.Module) -> tuple:
+def vectors(norm: nn.Module | None) -> tuple:
     """(gamma, beta, mean, var, eps) of a norm, as they are now, and the number of its training steps, if it counts."""
+    if norm is None:
+        return NO_VECTORS
     buffers = norm._buffers
     affine = buffers if "weight" in buffers else norm._parameters
     tracked = buffers.get("num_batches_tracked")
@@ -175,9 +177,9 @@ def _vectors(norm: nn.Module) -> tuple:
 
 def live(norm: nn.Module | None) -> tuple:
     """(gamma, beta, mean, var, eps) as they are now; what was folded before training steps is dropped."""
-    vectors = NO_VECTORS if norm is None else _vectors(norm)
-    _notice_training(norm, vectors[5])
-    return vectors[:5]
+    own = vectors(norm)
+    _notice_training(norm, own[5])
+    return own[:5]
 
 
 _steps: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fused_resnet import backends, native
+from fused_resnet import backends, native, tape
 from fused_resnet.library import define_op
 from fused_resnet.ops import conv_bn_act as conv
 from fused_resnet.problem import ACTIVATIONS, ELEMENT_BYTES, ConvOperands, ConvProblem
@@ -80,7 +80,7 @@ def pool(x: torch.Tensor) -> torch.Tensor:
         [N, C, (H + 1) // 2, (W + 1) // 2], channels_last.
     """
     if x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and native.missing("cpu") is None:
-        return torch.ops.fused_resnet._max_pool.default(x, (3, 3), (2, 2), (1, 1))
+        return tape.max_pool(x, (3, 3), (2, 2), (1, 1))
     return torch.max_pool2d(x, 3, 2, 1)
 
 

@@ -16,7 +16,7 @@ ROOM = 256 << 20  # bytes that may lie idle
 
 def image(channels, size=64, n=2, dtype=torch.float32):
     x = torch.empty(n, 3, 1, 1, dtype=dtype)
-    return torch.ops.fused_resnet._image(x, channels, size, size)
+    return torch.ops.fused_resnet._image(x, (n, channels, size, size))
 
 
 def resident():
@@ -31,7 +31,7 @@ def test_an_image_is_dense_in_channels_last_memory(channels, dtype):
     like = torch.empty(2, channels, 64, 64, dtype=dtype, memory_format=torch.channels_last)
     assert (y.shape, y.dtype, y.is_contiguous(memory_format=torch.channels_last)) == (like.shape, dtype, True)
     assert channels == 0 or y.stride() == like.stride() and y.data_ptr() % 64 == 0
-    torch.library.opcheck(torch.ops.fused_resnet._image.default, (y, 7, 5, 4),
+    torch.library.opcheck(torch.ops.fused_resnet._image.default, (y, (3, 7, 5, 4)),
                           test_utils=("test_schema", "test_faketensor"))
 
 

@@ -85,7 +85,7 @@ def _direct_wins(p: ConvProblem) -> bool:
     64 channels (1.2 x).
     """
     deep = p.dtype == "bf16" and p.depth >= 128
-    wide = p.depth <= 64 and p.K >= 4 * p.C
+    wide = p.depth <= 64
     return p.groups == 1 and (p.N * p.P * p.Q <= 4096 or deep or p.R * p.S > 1 and p.Q >= 28 or wide)
 
 

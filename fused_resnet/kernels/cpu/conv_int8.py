@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fused_resnet import int8
+from fused_resnet import int8, tape
 from fused_resnet.kernels import raw
 from fused_resnet.kernels.folding import fold, sources
 from fused_resnet.kernels.packing import packed
@@ -31,9 +31,9 @@ def forward(problem: Int8Problem, o: Int8Operands) -> torch.Tensor:
     if pack is None:
         return NotImplemented
     low, high = LIMITS[p.activation]
-    return torch.ops.fused_resnet._conv_int8.default(
-        o.x, pack, o.residual, (p.K, p.R, p.S), p.stride, p.padding, p.dilation, o.residual_scale * inverse,
-        o.residual_zero, o.y_zero, low * inverse, high * inverse, problem.out == "uint8")
+    return tape.conv_int8(o.x, pack, o.residual, (p.K, p.R, p.S), p.stride, p.padding, p.dilation,
+                          o.residual_scale * inverse, (o.residual_zero, o.y_zero), (low * inverse, high * inverse),
+                          problem.out == "uint8")
 
 
 def _pack(o: ConvOperands, scale_by: float, shift_by: float, x_zero: int, dilation_w: int) -> torch.Tensor | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from fused_resnet import native
+from fused_resnet import native, tape
 from fused_resnet.kernels.folding import sources
 from fused_resnet.kernels.packing import packed
 from fused_resnet.problem import ConvOperands, ConvProblem
@@ -41,12 +41,10 @@ def refuse(problem: ConvProblem, method: str) -> str | None:
 
 def forward(problem: ConvProblem, o: ConvOperands, x: torch.Tensor, method: str) -> torch.Tensor:
     """One launch on x, what the prologue made of `o.x`; see `refuse`."""
-    p, dilation = problem, list(problem.dilation)
-    pack = packed((method, x.dtype, dilation[1] > 1, o.eps), sources(o), lambda: _pack(p, o, x.dtype, method))
-    y = o.residual if o.reuse else torch.ops.fused_resnet._image.default(x, p.K, p.P, p.Q)
-    torch.ops.fused_resnet._conv_packed.default(y, x, pack, o.residual, [p.R, p.S], p.stride, p.padding, dilation,
-                                                p.groups, p.activation, method)
-    return y
+    p = problem
+    pack = packed((method, x.dtype, p.dilation[1] > 1, o.eps), sources(o), lambda: _pack(p, o, x.dtype, method))
+    return tape.conv(x, pack, o.residual, o.reuse, p.output_shape, (p.R, p.S), p.stride, p.padding, p.dilation,
+                     p.groups, p.activation, method)
 
 
 def _pack(problem: ConvProblem, o: ConvOperands, dtype: torch.dtype, method: str) -> torch.Tensor:
