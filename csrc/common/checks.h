@@ -158,18 +158,24 @@ inline int32_t narrow_size(int64_t size, const char* name) {
   return static_cast<int32_t>(size);
 }
 
-// The sizes of a convolution of x with K filters of kernel R x S and `channels` each, checked against each other.
-inline ConvShape conv_sizes(const Tensor& x, const Sizes& filters, const Sizes& stride, const Sizes& padding,
+inline Sizes sizes_of(const Tensor& t) {
+  Sizes sizes;
+  for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));
+  return sizes;
+}
+
+// The sizes of a convolution of x [N, C, H, W] with filters [K, C / groups, R, S], checked against each other.
+inline ConvShape conv_sizes(const Sizes& x, const Sizes& filters, const Sizes& stride, const Sizes& padding,
                             const Sizes& dilation, int64_t groups) {
-  STD_TORCH_CHECK(x.dim() == 4 && filters.size() == 4, "x and weight must have four dimensions");
+  STD_TORCH_CHECK(x.size() == 4 && filters.size() == 4, "x and weight must have four dimensions");
   for (const Sizes* pair : {&stride, &padding, &dilation}) {
     STD_TORCH_CHECK(pair->size() == 2, "stride, padding and dilation are pairs");
   }
   auto at = [](int64_t size) { return narrow_size(size, "a size"); };
-  ConvShape s{at(x.size(0)),
-              at(x.size(2)),
-              at(x.size(3)),
-              at(x.size(1)),
+  ConvShape s{at(x[0]),
+              at(x[2]),
+              at(x[3]),
+              at(x[1]),
               at(filters[0]),
               at(filters[2]),
               at(filters[3]),
@@ -197,9 +203,7 @@ inline ConvShape conv_shape(const Tensor& x, const Tensor& weight, const Sizes& 
                             const Sizes& dilation, int64_t groups) {
   STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type() && same_device(weight, x),
                   "weight must have the dtype and device of x");
-  Sizes filters;
-  for (int64_t d = 0; d < weight.dim(); ++d) filters.push_back(weight.size(d));
-  return conv_sizes(x, filters, stride, padding, dilation, groups);
+  return conv_sizes(sizes_of(x), sizes_of(weight), stride, padding, dilation, groups);
 }
 
 // An image of the output's size, with the dtype and device of x.

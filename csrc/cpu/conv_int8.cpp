@@ -102,99 +102,154 @@ Tensor conv_int8_pack(const Tensor& weight, const Tensor& scale, const Tensor& s
   return pack;
 }
 
+Image bytes_image(const ConvShape& s, ScalarType dtype) {
+  return {{s.N, s.K, s.P, s.Q}, dtype};
+}
+
 }  // namespace
 
-Tensor conv_int8(const Tensor& x, const Tensor& pack, const Maybe& residual, const Sizes& filters, const Sizes& stride,
-                 const Sizes& padding, const Sizes& dilation, double residual_scale, int64_t residual_zero,
-                 int64_t y_zero, double low, double high, bool narrow) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte && is_channels_last(x),
-                  "x must be uint8 in channels_last memory");
+Launch conv_int8(const Image& x, const Tensor& pack, std::optional<ScalarType> residual, const Sizes& filters,
+                 const Sizes& stride, const Sizes& padding, const Sizes& dilation, const Int8Numbers& numbers) {
+  STD_TORCH_CHECK(x.dtype == ScalarType::Byte && x.size.size() == 4, "x must be uint8 in channels_last memory");
   STD_TORCH_CHECK(pack.scalar_type() == ScalarType::Byte && pack.is_contiguous() && pack.numel() >= 64,
                   "the weights are not packed");
-  STD_TORCH_CHECK(is_byte(residual_zero) && is_byte(y_zero), "a zero point is no uint8");
+  STD_TORCH_CHECK(is_byte(numbers.residual_zero) && is_byte(numbers.y_zero), "a zero point is no uint8");
   STD_TORCH_CHECK(filters.size() == 3, "filters are K, R, S");
+  STD_TORCH_CHECK(!residual.has_value() || residual == ScalarType::Byte || residual == ScalarType::Float,
+                  "residual must be uint8 or fp32");
   Int8Header header;
   memcpy(&header, pack.const_data_ptr(), sizeof header);
-  const ConvShape s = conv_sizes(x, {filters[0], x.size(1), filters[1], filters[2]}, stride, padding, dilation, 1);
+  const ConvShape s = conv_sizes(x.size, {filters[0], x.size[1], filters[1], filters[2]}, stride, padding, dilation, 1);
   STD_TORCH_CHECK(header.isa >= 0 && header.isa < static_cast<int64_t>(int8s().size()) && header.K == s.K &&
                       header.C == s.C && header.R == s.R && header.S == s.S &&
                       (header.dilation_w == 1) == (s.dilation_w == 1) &&
                       pack.numel() == bytes_of(padded(s.K, int8s()[header.isa].lanes), header.depth),
                   "the weights were packed for another convolution or processor");
   const Int8s& own = int8s()[header.isa];
-  const int64_t filter_rows = padded(s.K, own.lanes);
-  const Tensor y = make_image(s.N, s.K, s.P, s.Q, narrow ? ScalarType::Byte : ScalarType::Float, x);
-  const bool residual_narrow = residual.has_value() && residual->scalar_type() == ScalarType::Byte;
-  if (residual.has_value()) {
-    STD_TORCH_CHECK(residual_narrow || residual->scalar_type() == ScalarType::Float, "residual must be uint8 or fp32");
-    check_result(*residual, s, *residual, "residual");
-  }
+  const int64_t filter_rows = padded(s.K, own.lanes), panels = ceil_div<int64_t>(s.K, 2 * own.lanes);
   const auto* start = reinterpret_cast<const int32_t*>(data<uint8_t>(pack) + 64);
-  const Int8Run run{s,
-                    data<uint8_t>(x),
-                    static_cast<int32_t>(header.x_zero),
-                    reinterpret_cast<const uint32_t*>(start + 3 * filter_rows),
-                    start,
-                    reinterpret_cast<const float*>(start + filter_rows),
-                    reinterpret_cast<const float*>(start + 2 * filter_rows),
-                    residual.has_value() ? residual->const_data_ptr() : nullptr,
-                    residual_narrow,
-                    static_cast<int32_t>(residual_zero),
-                    static_cast<float>(residual_scale),
-                    static_cast<float>(low),
-                    static_cast<float>(high),
-                    static_cast<int32_t>(y_zero),
-                    narrow,
-                    y.mutable_data_ptr()};
-  const int64_t rows = pixels(s), tile = own.rows, row_bytes = 4 * header.depth;
-  if (rows * s.K == 0) return y;
-  const int64_t most = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(row_bytes, 1) / tile, 1, 16) * tile;
-  const int64_t panels = ceil_div<int64_t>(s.K, 2 * own.lanes);
-  const Grid grid =
-      in_strips(s) ? grid_of(rows, panels, strip_rows(s, tile), tile) : grid_of(rows, panels, most, 2 * tile);
-  run_parts(grid, [&](const Part& part) { own.conv(run, part, scratch(own.scratch(s, part))); });
-  return y;
-}
-
-Tensor quantize(const Tensor& x, double inverse, int64_t zero) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && is_channels_last(x),
-                  "x must be fp32 in channels_last memory");
-  STD_TORCH_CHECK(is_byte(zero), "zero = ", zero, " is no uint8");
-  const Tensor y = make_image(x.size(0), x.size(1), x.size(2), x.size(3), ScalarType::Byte, x);
-  torch::stable::parallel_for(0, x.numel(), 1 << 15, [&](int64_t first, int64_t last) {
-    int8s()[0].quantize(data<float>(x) + first, last - first, static_cast<float>(inverse), static_cast<int32_t>(zero),
-                        data_out<uint8_t>(y) + first);
-  });
-  return y;
-}
-
-Tensor max_pool(const Tensor& x, const Sizes& kernel, const Sizes& stride, const Sizes& padding) {
-  STD_TORCH_CHECK(is_channels_last(x), "x must be in channels_last memory");
-  STD_TORCH_CHECK(kernel.size() == 2, "kernel is a pair");
-  const ConvShape s = conv_sizes(x, {x.size(1), x.size(1), kernel[0], kernel[1]}, stride, padding, {1, 1}, 1);
-  STD_TORCH_CHECK(2 * s.pad_h <= s.R && 2 * s.pad_w <= s.S, "padding may be half of the kernel at most");
-  const Tensor y = make_image(s.N, s.C, s.P, s.Q, x.scalar_type(), x);
-  const auto rows = [&](const auto& row) {
-    torch::stable::parallel_for(0, int64_t{s.N} * s.P, 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) row(i / s.P, static_cast<int32_t>(i % s.P));
-    });
+  const auto with = [=](const void* from, const void* also, void* to, int32_t images) {
+    Int8Run run{s,
+                static_cast<const uint8_t*>(from),
+                static_cast<int32_t>(header.x_zero),
+                reinterpret_cast<const uint32_t*>(start + 3 * filter_rows),
+                start,
+                reinterpret_cast<const float*>(start + filter_rows),
+                reinterpret_cast<const float*>(start + 2 * filter_rows),
+                also,
+                residual == ScalarType::Byte,
+                static_cast<int32_t>(numbers.residual_zero),
+                static_cast<float>(numbers.residual_scale),
+                static_cast<float>(numbers.low),
+                static_cast<float>(numbers.high),
+                static_cast<int32_t>(numbers.y_zero),
+                numbers.narrow,
+                to};
+    run.shape.N = images;
+    return run;
   };
+  const int64_t tile = own.rows, row_bytes = 4 * header.depth;
+  const int64_t most = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(row_bytes, 1) / tile, 1, 16) * tile;
+  Launch launch{s, bytes_image(s, numbers.narrow ? ScalarType::Byte : ScalarType::Float), {}, {}};
+  // The packed weights live as long as the launch.
+  launch.all = [=, keep = pack, &own](const void* from, const void* also, void* to) {
+    const Int8Run run = with(from, also, to, s.N);
+    if (pixels(s) * s.K == 0) return;
+    const Grid grid = in_strips(s) ? grid_of(pixels(s), panels, strip_rows(s, tile), tile)
+                                   : grid_of(pixels(s), panels, most, 2 * tile);
+    run_parts(grid, [&](const Part& part) { own.conv(run, part, scratch(own.scratch(s, part))); });
+  };
+  launch.rows = [=, &own](const void* from, const void* also, void* to, int32_t first, int32_t last) {
+    const Int8Run run = with(from, also, to, 1);
+    const int64_t end = int64_t{last} * s.Q, block = in_strips(s) ? end : most;
+    for (int64_t row = int64_t{first} * s.Q; row < end; row += block) {
+      const Part part{row, std::min(row + block, end), 0, panels};
+      own.conv(run, part, scratch(own.scratch(run.shape, part)));
+    }
+  };
+  return launch;
+}
+
+Launch quantize(const Image& x, double inverse, int64_t zero) {
+  STD_TORCH_CHECK(x.dtype == ScalarType::Float && x.size.size() == 4, "x must be fp32 in channels_last memory");
+  STD_TORCH_CHECK(is_byte(zero), "zero = ", zero, " is no uint8");
+  const ConvShape s = conv_sizes(x.size, {x.size[1], x.size[1], 1, 1}, {1, 1}, {0, 0}, {1, 1}, 1);
+  const int64_t row = int64_t{s.W} * s.C;
+  const auto some = [=](const void* from, void* to, int64_t first, int64_t last) {
+    int8s()[0].quantize(static_cast<const float*>(from) + first, last - first, static_cast<float>(inverse),
+                        static_cast<int32_t>(zero), static_cast<uint8_t*>(to) + first);
+  };
+  Launch launch{s, {x.size, ScalarType::Byte}, {}, {}};
+  launch.all = [=](const void* from, const void*, void* to) {
+    torch::stable::parallel_for(0, row * s.H * s.N, 1 << 15,
+                                [&](int64_t first, int64_t last) { some(from, to, first, last); });
+  };
+  launch.rows = [=](const void* from, const void*, void* to, int32_t first, int32_t last) {
+    some(from, to, row * first, row * last);
+  };
+  return launch;
+}
+
+Launch max_pool(const Image& x, const Sizes& kernel, const Sizes& stride, const Sizes& padding) {
+  STD_TORCH_CHECK(x.size.size() == 4 && kernel.size() == 2, "kernel is a pair");
+  const ConvShape s = conv_sizes(x.size, {x.size[1], x.size[1], kernel[0], kernel[1]}, stride, padding, {1, 1}, 1);
+  STD_TORCH_CHECK(2 * s.pad_h <= s.R && 2 * s.pad_w <= s.S, "padding may be half of the kernel at most");
+  Launch launch{s, bytes_image(s, x.dtype), {}, {}};
   const auto pool = [&](const auto& own, auto element) {
     using T = decltype(element);
-    rows([&](int64_t n, int32_t p) { own.max_pool(s, data<T>(x), data_out<T>(y), n, p); });
-    return y;
+    const auto row = [=, &own](const void* from, void* to, int64_t n, int32_t p) {
+      own.max_pool(s, static_cast<const T*>(from), static_cast<T*>(to), n, p);
+    };
+    launch.all = [=](const void* from, const void*, void* to) {
+      torch::stable::parallel_for(0, int64_t{s.N} * s.P, 1, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) row(from, to, i / s.P, static_cast<int32_t>(i % s.P));
+      });
+    };
+    launch.rows = [=](const void* from, const void*, void* to, int32_t first, int32_t last) {
+      for (int32_t p = first; p < last; ++p) row(from, to, 0, p);
+    };
+    return launch;
   };
-  if (x.scalar_type() == ScalarType::Float) return pool(convs<float>()[0], float{});
-  if (x.scalar_type() == ScalarType::BFloat16) return pool(convs<bf16>()[0], bf16{});
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte, "x must be uint8, fp32 or bf16");
+  if (x.dtype == ScalarType::Float) return pool(convs<float>()[0], float{});
+  if (x.dtype == ScalarType::BFloat16) return pool(convs<bf16>()[0], bf16{});
+  STD_TORCH_CHECK(x.dtype == ScalarType::Byte, "x must be uint8, fp32 or bf16");
   return pool(int8s()[0], uint8_t{});
 }
 
+namespace {
+
+Tensor run(const Launch& launch, const Tensor& x, const Maybe& residual = std::nullopt) {
+  STD_TORCH_CHECK(is_channels_last(x), "x must be in channels_last memory");
+  if (residual.has_value()) check_result(*residual, launch.shape, *residual, "residual");
+  const Tensor y = make_image(launch.y, x);
+  launch.all(x.const_data_ptr(), residual.has_value() ? residual->const_data_ptr() : nullptr, y.mutable_data_ptr());
+  return y;
+}
+
+Tensor conv_int8_op(const Tensor& x, const Tensor& pack, const Maybe& residual, const Sizes& filters,
+                    const Sizes& stride, const Sizes& padding, const Sizes& dilation, double residual_scale,
+                    int64_t residual_zero, int64_t y_zero, double low, double high, bool narrow) {
+  std::optional<ScalarType> kind;
+  if (residual.has_value()) kind = residual->scalar_type();
+  return run(conv_int8(image_of(x), pack, kind, filters, stride, padding, dilation,
+                       {residual_scale, residual_zero, y_zero, low, high, narrow}),
+             x, residual);
+}
+
+Tensor quantize_op(const Tensor& x, double inverse, int64_t zero) {
+  return run(quantize(image_of(x), inverse, zero), x);
+}
+
+Tensor max_pool_op(const Tensor& x, const Sizes& kernel, const Sizes& stride, const Sizes& padding) {
+  return run(max_pool(image_of(x), kernel, stride, padding), x);
+}
+
+}  // namespace
 }  // namespace fused_resnet
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
   m.impl("_conv_int8_pack", TORCH_BOX(&fused_resnet::conv_int8_pack));
-  m.impl("_conv_int8", TORCH_BOX(&fused_resnet::conv_int8));
-  m.impl("_quantize", TORCH_BOX(&fused_resnet::quantize));
-  m.impl("_max_pool", TORCH_BOX(&fused_resnet::max_pool));
+  m.impl("_conv_int8", TORCH_BOX(&fused_resnet::conv_int8_op));
+  m.impl("_quantize", TORCH_BOX(&fused_resnet::quantize_op));
+  m.impl("_max_pool", TORCH_BOX(&fused_resnet::max_pool_op));
 }

@@ -194,22 +194,35 @@ Tensor conv_pack(const Tensor& given, const Maybe& bias, const Maybe& gamma, con
   return pack;
 }
 
+// How the threads share the work of a batch, and how one of them takes rows of a single image.
 template <class T>
-void run_direct(const ConvRun<T>& c, const Convs<T>& own) {
+void all_direct(const ConvRun<T>& c, const Convs<T>& own) {
   const ConvShape& s = c.shape;
   const int64_t panels = s.groups * ceil_div<int64_t>(s.K / s.groups, 2 * own.lanes);
-  if (in_strips(s)) {
-    const Grid grid = grid_of(pixels(s), panels, strip_rows(s, own.rows), own.rows);
-    return run_parts(grid, [&](const Part& part) { own.direct(c, part, scratch(own.direct_scratch(s, part))); });
-  }
-  Grid grid = grid_of(pixels(s), panels, 8 * own.rows, 4 * own.rows);
+  Grid grid = in_strips(s) ? grid_of(pixels(s), panels, strip_rows(s, own.rows), own.rows)
+                           : grid_of(pixels(s), panels, 8 * own.rows, 4 * own.rows);
   // Unfinished sums of one part stay in the second cache.
-  grid.columns = std::max(grid.columns, ceil_div<int64_t>(panels, 16));
+  if (!in_strips(s)) grid.columns = std::max(grid.columns, ceil_div<int64_t>(panels, 16));
   run_parts(grid, [&](const Part& part) { own.direct(c, part, scratch(own.direct_scratch(s, part))); });
 }
 
 template <class T>
-void run_winograd(const ConvRun<T>& c, const Convs<T>& own, int m, const Tensor& x) {
+void rows_direct(const ConvRun<T>& c, const Convs<T>& own, int32_t first, int32_t last) {
+  const ConvShape& s = c.shape;
+  const int64_t panels = s.groups * ceil_div<int64_t>(s.K / s.groups, 2 * own.lanes);
+  const int64_t columns = in_strips(s) ? 1 : ceil_div<int64_t>(panels, 16);
+  const int64_t start = int64_t{first} * s.Q, count = (int64_t{last} - first) * s.Q;
+  const Grid grid{count, panels, in_strips(s) ? 1 : ceil_div<int64_t>(count, 8 * own.rows), columns};
+  for (int64_t i = 0; i < grid.size(); ++i) {
+    Part part = grid[i];
+    part.first_row += start;
+    part.last_row += start;
+    own.direct(c, part, scratch(own.direct_scratch(s, part)));
+  }
+}
+
+template <class T>
+void all_winograd(const ConvRun<T>& c, const Convs<T>& own, int m, const Tensor& pack) {
   const ConvShape& s = c.shape;
   const int64_t tiles = winograd_tiles(s, m).count, panels = ceil_div<int64_t>(s.K, 2 * own.lanes);
   const int64_t threads = torch::stable::get_num_threads();
@@ -221,7 +234,7 @@ void run_winograd(const ConvRun<T>& c, const Convs<T>& own, int m, const Tensor&
     });
     return;
   }
-  Tensor shared = make({(m + 2) * (m + 2) * winograd_chunks(s) * kChunk * tiles + 16}, ScalarType::Float, x);
+  Tensor shared = make({(m + 2) * (m + 2) * winograd_chunks(s) * kChunk * tiles + 16}, ScalarType::Float, pack);
   auto* v = reinterpret_cast<float*>(padded(reinterpret_cast<int64_t>(data_out<float>(shared)), 64));
   torch::stable::parallel_for(0, tiles, 1,
                               [&](int64_t first, int64_t last) { own.winograd_input(c, m, first, last, v); });
@@ -231,69 +244,96 @@ void run_winograd(const ConvRun<T>& c, const Convs<T>& own, int m, const Tensor&
 }
 
 template <class T>
-void run_grouped(const ConvRun<T>& c, const Convs<T>& own) {
+void rows_winograd(const ConvRun<T>& c, const Convs<T>& own, int m, int32_t first, int32_t last) {
   const ConvShape& s = c.shape;
-  // A thread copies the rows of x under the kernel, of as many vectors as its second cache has room for.
+  const int64_t across = winograd_tiles(s, m).columns, panels = ceil_div<int64_t>(s.K, 2 * own.lanes);
+  const int64_t end = across * ceil_div(last, m);
+  for (int64_t tile = across * (first / m); tile < end; tile += 2 * own.rows) {
+    const Part part{tile, std::min<int64_t>(tile + 2 * own.rows, end), 0, panels};
+    own.winograd(c, m, part, nullptr, scratch(own.winograd_scratch(s, m, part, false)));
+  }
+}
+
+// Parts of `grouped`: panels are the vectors of whole groups, as many at a time as the second cache has room for the
+// rows of x under the kernel.
+template <class T>
+void grouped_parts(const ConvRun<T>& c, const Convs<T>& own, int64_t first, int64_t last, bool all) {
+  const ConvShape& s = c.shape;
   constexpr int64_t kWindow = 256 << 10;
   const int64_t threads = torch::stable::get_num_threads(), one = own.grouped_scratch(s, Part{0, 1, 0, 1});
   const int64_t unit = std::max(s.C / s.groups / own.lanes, 1);  // vectors of one group
-  const int64_t panels = ceil_div<int64_t>(s.C, own.lanes * unit);
-  const int64_t columns = ceil_div(panels, std::max<int64_t>(kWindow / (one * unit), 1)), rows = int64_t{s.N} * s.P;
+  const int64_t panels = ceil_div<int64_t>(s.C, own.lanes * unit), rows = last - first;
+  const int64_t columns = ceil_div(panels, std::max<int64_t>(kWindow / (one * unit), 1));
   const int64_t row_parts = std::min(rows, columns % threads == 0 ? s.N : padded(s.N, threads));
-  run_parts(Grid{rows, panels, row_parts, columns}, [&](Part part) {
-    part.first_panel *= unit;
-    part.last_panel *= unit;
-    own.grouped(c, part, scratch(own.grouped_scratch(s, part)));
-  });
+  const Grid grid{rows, panels, all ? row_parts : 1, columns};
+  const auto run = [&](Part part) {
+    const Part own_part{part.first_row + first, part.last_row + first, part.first_panel * unit, part.last_panel * unit};
+    own.grouped(c, own_part, scratch(own.grouped_scratch(s, own_part)));
+  };
+  if (all) return run_parts(grid, run);
+  for (int64_t i = 0; i < grid.size(); ++i) run(grid[i]);
+}
+
+template <class T>
+Launch launch_of(ConvRun<T> c, const Convs<T>& own, Method method, const Tensor& pack) {
+  ConvRun<T> one = c;
+  one.shape.N = 1;
+  const auto with = [](ConvRun<T> run, const void* x, const void* residual, void* y) {
+    run.x = static_cast<const T*>(x);
+    run.residual = static_cast<const T*>(residual);
+    run.y = static_cast<T*>(y);
+    return run;
+  };
+  const ConvShape& s = c.shape;
+  const bool nothing = pixels(s) * s.K == 0;
+  const int m = pixels_of(method);
+  Launch launch{s, {{s.N, s.K, s.P, s.Q}, sizeof(T) == 4 ? ScalarType::Float : ScalarType::BFloat16}, {}, {}};
+  launch.all = [=, &own](const void* x, const void* residual, void* y) {
+    const ConvRun<T> run = with(c, x, residual, y);
+    if (nothing) return;
+    if (method == Method::direct) return all_direct(run, own);
+    if (method == Method::grouped) return grouped_parts(run, own, 0, int64_t{run.shape.N} * run.shape.P, true);
+    all_winograd(run, own, m, pack);
+  };
+  launch.rows = [=, &own](const void* x, const void* residual, void* y, int32_t first, int32_t last) {
+    const ConvRun<T> run = with(one, x, residual, y);
+    if (nothing) return;
+    if (method == Method::direct) return rows_direct(run, own, first, last);
+    if (method == Method::grouped) return grouped_parts(run, own, first, last, false);
+    rows_winograd(run, own, m, first, last);
+  };
+  if (method == Method::winograd2 || method == Method::winograd4) launch.step = m;
+  return launch;
 }
 
 }  // namespace
 
-void conv_packed(Tensor y, const Tensor& x, const Tensor& pack, const Maybe& residual, const Sizes& kernel,
-                 const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
-                 Activation activation) {
-  check_image(x, x, "x");
-  STD_TORCH_CHECK(kernel.size() == 2 && groups > 0, "the kernel is a pair, groups are positive");
+Launch conv_packed(const Image& x, const Tensor& pack, int64_t K, const Sizes& kernel, const Sizes& stride,
+                   const Sizes& padding, const Sizes& dilation, int64_t groups, Activation activation) {
+  STD_TORCH_CHECK(x.size.size() == 4 && kernel.size() == 2 && groups > 0, "the kernel is a pair, groups are positive");
   const ConvShape s =
-      conv_sizes(x, {y.size(1), x.size(1) / groups, kernel[0], kernel[1]}, stride, padding, dilation, groups);
-  check_result(y, s, x, "y");
-  if (residual.has_value()) check_result(*residual, s, x, "residual");
-  by_dtype(x, [&](auto element) {
+      conv_sizes(x.size, {K, x.size[1] / groups, kernel[0], kernel[1]}, stride, padding, dilation, groups);
+  const auto make = [&](auto element) {
     using T = decltype(element);
-    if constexpr (std::is_same_v<T, float> || std::is_same_v<T, bf16>) {
-      const Header header = *reinterpret_cast<const Header*>(check_pack(pack));
-      const Method method = known_method(header);
-      const bool known = header.isa >= 0 && header.isa < static_cast<int64_t>(convs<T>().size());
-      STD_TORCH_CHECK(known && header == header_of<T>(s, method, header.isa), kOther);
-      const Convs<T>& own = convs<T>()[header.isa];
-      const int64_t vector = padded(s.K, 16);
-      STD_TORCH_CHECK(pack.numel() == kHeader + 8 * vector + 4 * weight_words<T>(s, method, own.lanes),
-                      "the packed weights are not whole");
-      const auto* start = data<uint8_t>(pack);
-      const auto* scale = reinterpret_cast<const float*>(start + kHeader);
-      const ConvRun<T> run{s,
-                           data<T>(x),
-                           data<T>(residual),
-                           data_out<T>(y),
-                           reinterpret_cast<const uint32_t*>(scale + 2 * vector),
-                           scale,
-                           scale + vector,
-                           activation};
-      STD_TORCH_CHECK(method == Method::direct || method == Method::grouped ||
-                          s.stride_h * s.stride_w * s.dilation_h * s.dilation_w == 1,
-                      "Winograd's algorithm takes neither strides nor dilation");
-      if (pixels(s) * s.K == 0) return;
-      if (method == Method::direct) {
-        run_direct<T>(run, own);
-      } else if (method == Method::grouped) {
-        run_grouped<T>(run, own);
-      } else {
-        run_winograd<T>(run, own, pixels_of(method), x);
-      }
-    } else {
-      STD_TORCH_CHECK(false, "our kernels on the CPU compute fp32 and bf16");
-    }
-  });
+    const Header header = *reinterpret_cast<const Header*>(check_pack(pack));
+    const Method method = known_method(header);
+    const bool known = header.isa >= 0 && header.isa < static_cast<int64_t>(convs<T>().size());
+    STD_TORCH_CHECK(known && header == header_of<T>(s, method, header.isa), kOther);
+    const Convs<T>& own = convs<T>()[header.isa];
+    const int64_t vector = padded(s.K, 16);
+    STD_TORCH_CHECK(pack.numel() == kHeader + 8 * vector + 4 * weight_words<T>(s, method, own.lanes),
+                    "the packed weights are not whole");
+    STD_TORCH_CHECK(method == Method::direct || method == Method::grouped ||
+                        s.stride_h * s.stride_w * s.dilation_h * s.dilation_w == 1,
+                    "Winograd's algorithm takes neither strides nor dilation");
+    const auto* scale = reinterpret_cast<const float*>(data<uint8_t>(pack) + kHeader);
+    const auto* weights = reinterpret_cast<const uint32_t*>(scale + 2 * vector);
+    return launch_of(ConvRun<T>{s, nullptr, nullptr, nullptr, weights, scale, scale + vector, activation}, own, method,
+                     pack);
+  };
+  if (x.dtype == ScalarType::BFloat16) return make(bf16{});
+  STD_TORCH_CHECK(x.dtype == ScalarType::Float, "our kernels on the CPU compute fp32 and bf16");
+  return make(float{});
 }
 
 namespace {
@@ -301,9 +341,14 @@ namespace {
 void conv_packed_op(Tensor y, const Tensor& x, const Tensor& pack, const Maybe& residual, const Sizes& kernel,
                     const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
                     const std::string& activation, const std::string& name) {
+  check_image(x, x, "x");
   const auto* header = reinterpret_cast<const Header*>(check_pack(pack));
   STD_TORCH_CHECK(known_method(*header) == method_of(name), kOther);
-  conv_packed(y, x, pack, residual, kernel, stride, padding, dilation, groups, activation_of(activation));
+  const Launch launch =
+      conv_packed(image_of(x), pack, y.size(1), kernel, stride, padding, dilation, groups, activation_of(activation));
+  check_result(y, launch.shape, x, "y");
+  if (residual.has_value()) check_result(*residual, launch.shape, x, "residual");
+  launch.all(x.const_data_ptr(), residual.has_value() ? residual->const_data_ptr() : nullptr, y.mutable_data_ptr());
 }
 
 }  // namespace

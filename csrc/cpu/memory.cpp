@@ -94,13 +94,13 @@ Store& store() {
 
 }  // namespace
 
-Tensor make_image(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType dtype, const Tensor& like) {
-  const int64_t element = dtype == ScalarType::Byte ? 1 : dtype == ScalarType::BFloat16 ? 2 : 4;
-  const int64_t bytes = n * c * h * w * element;
+Tensor make_image(const Image& image, const Tensor& like) {
+  const Sizes& s = image.size;
+  const int64_t bytes = s[0] * image.bytes_of_one();
   void* data = bytes < kLarge ? nullptr : store().take(static_cast<size_t>(bytes));
-  if (data == nullptr) return make({n, c, h, w}, dtype, like, true);
-  const int64_t sizes[] = {n, c, h, w}, strides[] = {c * h * w, 1, c * w, c};
-  return torch::stable::from_blob(data, {sizes, 4}, {strides, 4}, like.device(), dtype,
+  if (data == nullptr) return make(s, image.dtype, like, true);
+  const int64_t strides[] = {s[1] * s[2] * s[3], 1, s[1] * s[3], s[1]};
+  return torch::stable::from_blob(data, {s.data(), 4}, {strides, 4}, like.device(), image.dtype,
                                   [](void* p) { store().give(p); });
 }
 
@@ -112,7 +112,7 @@ Tensor image(const Tensor& x, const Sizes& size) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16 ||
                       x.scalar_type() == ScalarType::Byte,
                   "x must be uint8, fp32 or bf16");
-  return make_image(size[0], size[1], size[2], size[3], x.scalar_type(), x);
+  return make_image({size, x.scalar_type()}, x);
 }
 
 }  // namespace

@@ -9,7 +9,20 @@ namespace fused_resnet {
 
 constexpr int64_t kLarge = 256 << 10;  // bytes; PyTorch keeps what is smaller
 
-// A result [N, C, H, W] in channels_last memory.
-Tensor make_image(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType dtype, const Tensor& like);
+// What a launch reads or makes: [N, C, H, W], dense in channels_last memory.
+struct Image {
+  Sizes size;
+  ScalarType dtype;
+
+  int64_t bytes_of_one() const { return size[1] * size[2] * size[3] * element(); }
+  int64_t element() const { return dtype == ScalarType::Byte ? 1 : dtype == ScalarType::BFloat16 ? 2 : 4; }
+};
+
+inline Image image_of(const Tensor& t) {
+  return {sizes_of(t), t.scalar_type()};
+}
+
+// An image with nothing in it, on the device of `like`.
+Tensor make_image(const Image& image, const Tensor& like);
 
 }  // namespace fused_resnet

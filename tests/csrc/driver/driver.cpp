@@ -62,14 +62,14 @@ Tensor vector_of(int32_t size, int low, int high) {
 }
 
 template <class T>
-struct Launch {
+struct Trial {
   Case c;
   ConvShape s;
   Tensor x, weight, residual, bias, gamma, beta, mean, var;
 
-  Launch(const Case& given, int64_t offset) : c(given) {
+  Trial(const Case& given, int64_t offset) : c(given) {
     x = Tensor({c.N, c.C, c.H, c.W}, kType<T>, true, offset);
-    s = conv_sizes(x, {c.K, c.C / c.groups, c.R, c.S}, {c.stride_h, c.stride_w}, {c.pad_h, c.pad_w},
+    s = conv_sizes(sizes_of(x), {c.K, c.C / c.groups, c.R, c.S}, {c.stride_h, c.stride_w}, {c.pad_h, c.pad_w},
                    {c.dilation_h, c.dilation_w}, c.groups);
     weight = Tensor({c.K, c.C / c.groups, c.R, c.S}, kType<T>, false);
     residual = image(offset);
@@ -91,8 +91,8 @@ struct Launch {
 
   void launch(const Tensor& y, const Tensor& packed, const Maybe& r, const std::string& activation,
               const std::string& method) const {
-    conv_packed(y, x, packed, r, {c.R, c.S}, {c.stride_h, c.stride_w}, {c.pad_h, c.pad_w}, {c.dilation_h, c.dilation_w},
-                c.groups, activation, method);
+    conv_packed_op(y, x, packed, r, {c.R, c.S}, {c.stride_h, c.stride_w}, {c.pad_h, c.pad_w},
+                   {c.dilation_h, c.dilation_w}, c.groups, activation, method);
   }
 
   // What plain loops make of element [n, p, q, k]: exact before the activation.
@@ -144,7 +144,7 @@ void judge(const Tensor& y, const std::vector<float>& wanted, float largest, con
 
 // Part by part, each with scratch of exactly the size that is asked for.
 template <class T>
-void by_parts(const Launch<T>& o, const Convs<T>& own, Method method, const Tensor& packed, const Tensor& y,
+void by_parts(const Trial<T>& o, const Convs<T>& own, Method method, const Tensor& packed, const Tensor& y,
               Activation activation, bool shared) {
   const auto* scale = reinterpret_cast<const float*>(data<uint8_t>(packed) + kHeader);
   const int64_t vector = padded(o.s.K, 16);
@@ -180,7 +180,7 @@ void check(const Case& c, const std::string& name, size_t index) {
   const Method method = method_of(name);
   const bool exact = method != Method::winograd4;
   for (int64_t offset : {0, 1}) {
-    const Launch<T> o(c, offset);
+    const Trial<T> o(c, offset);
     const std::string activation = kActivations[(index + static_cast<size_t>(offset)) % 5];
     const Activation kind = activation_of(activation);
     const std::vector<float> plain = o.answers(false, kind), added = o.answers(true, kind);
