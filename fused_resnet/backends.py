@@ -28,8 +28,7 @@ from fused_resnet.tape import all_finite
 from fused_resnet.tuning import Cache, Table, same_tile
 
 NAMES = ("cuda", "triton", "cudnn", "cpu", "reference")
-# Without a measured row. On CUDA no kernel of ours has been measured yet, so cuDNN stands first and
-# what it refuses runs as stock does, until a row says otherwise.
+# Without a measured row. On CUDA none of our kernels has been measured yet: cuDNN first, what it refuses is stock's.
 HEURISTIC = {"cpu": ("cpu", "reference"), "cuda": ("cudnn", "reference")}
 OLDEST_CAPABILITY = (8, 0)  # tensor cores with bf16 and TF32, asynchronous copies
 
@@ -106,11 +105,9 @@ def explain(problem: ConvProblem, family: str = "conv_bn_act") -> list[tuple[str
 
     `choose(family, problem)` says which of them does, with its tile and, as its label, by which rule.
     """
-    def reason(name: str) -> str | None:
-        found = [_refusal(family, name, problem, tile) for _, tile, _ in _order(family, problem, name)]
-        return None if None in found else found[0]
-
-    return [(name, reason(name)) for name in NAMES]
+    found = {name: [_refusal(family, name, problem, tile) for _, tile, _ in _order(family, problem, name)]
+             for name in NAMES}
+    return [(name, None if None in reasons else reasons[0]) for name, reasons in found.items()]
 
 
 @contextlib.contextmanager
@@ -118,8 +115,7 @@ def use(name: str | None) -> Iterator[None]:
     """Forces one backend in this thread; `None` lifts an outer `use`.
 
     Raises:
-        ValueError: an unknown name; or, at the launch, a problem that the backend cannot run, with
-            the reason.
+        ValueError: an unknown name; or, at the launch, a problem that the backend cannot run, with the reason.
     """
     if name is not None and name not in NAMES:
         raise ValueError(f"unknown backend {name!r}, expected one of {', '.join(NAMES)}")
@@ -163,8 +159,7 @@ def run(family: str, problem: Any, operands: Any, finite: bool = False) -> Any:
 
     Args:
         family: the kernel family.
-        problem: what to run.
-        operands: the tensors; the layout is the family's contract.
+        problem, operands: what to run, and its tensors, whose layout is the family's contract.
         finite: the caller has made sure that the operands hold neither NaN nor Inf.
     """
     if _state.visit is not None:
@@ -198,6 +193,11 @@ def last() -> str:
 def forget(tensors: Iterable[torch.Tensor]) -> int:
     """Drops every packed or folded weight made from `tensors`; returns how many there were."""
     return importlib.import_module("fused_resnet.kernels.packing").drop(tensors)
+
+
+def watch(packs: Iterable[torch.Tensor]) -> Any:
+    """A `kernels.packing.Watch` over packed weights."""
+    return importlib.import_module("fused_resnet.kernels.packing").Watch(packs)
 
 
 def reset() -> None:
@@ -397,4 +397,4 @@ def _self_check(family: str, choice: Choice, problem: Any, operands: Any, result
 
 __all__ = ["NAMES", "Choice", "adopt", "all_finite", "available", "cache", "choose", "device_name", "enabled",
            "explain", "forced", "forget", "interpreting", "kernels", "last", "reference", "regime", "register", "reset",
-           "run", "setting", "tiles", "tuned_key", "use", "visited", "widen"]
+           "run", "setting", "tiles", "tuned_key", "use", "visited", "watch", "widen"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -126,16 +125,12 @@ def quantize(x: torch.Tensor, inverse: float, zero: int) -> torch.Tensor:
 
 
 class Tape:
-    """Launches that one call plays, as they are added.
-
-    It holds packed weights no longer than their cache does (`kernels.packing`): what was dropped there makes the tape
-    useless.
-    """
+    """Launches that one call plays, as they are added."""
 
     def __init__(self) -> None:
         self._rows: list[list[int]] = []
         self._numbers: list[tuple[float, float, float]] = []
-        self._packs: list[weakref.ref] = []
+        self._packs: list[torch.Tensor] = []
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -153,31 +148,33 @@ class Tape:
         """
         pack = -1
         if entry.pack is not None:
-            pack = next((i for i, own in enumerate(self._packs) if own() is entry.pack), len(self._packs))
+            pack = next((i for i, own in enumerate(self._packs) if own is entry.pack), len(self._packs))
             if pack == len(self._packs):
-                self._packs.append(weakref.ref(entry.pack))
+                self._packs.append(entry.pack)
         self._rows.append([entry.kind, x, residual, pack, *entry.filters, *entry.stride, *entry.padding,
                            *entry.dilation, entry.groups, entry.activation, int(entry.reuse), *entry.zeros,
                            int(entry.narrow)])
         self._numbers.append(entry.numbers)
         return len(self._rows) - 1
 
-    def close(self, given: int, results: Sequence[int]) -> None:
+    def close(self, given: int, results: Sequence[int]) -> list[torch.Tensor]:
         """Makes it ready to be played.
 
         Args:
             given: how many tensors are given.
             results: places of the results that others read.
+
+        Returns:
+            The packed weights that `play` takes. The tape lets go of them: only their cache keeps them.
         """
         for row in self._rows:
             row[1:3] = [place + given if place >= 0 else -2 - place if place < -1 else -1 for place in row[1:3]]
         self._entries = torch.tensor(self._rows, dtype=torch.int64)
         self._floats = torch.tensor(self._numbers, dtype=torch.float64)
         self._results = [given + place for place in results]
+        packs, self._packs = self._packs, []
+        return packs
 
-    def play(self, given: list[torch.Tensor]) -> list[torch.Tensor] | None:
-        """The results for tensors like those that were given, or None where packed weights were dropped."""
-        packs = [pack() for pack in self._packs]
-        if any(pack is None for pack in packs):
-            return None
+    def play(self, given: list[torch.Tensor], packs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The results for tensors like those that were given, and the weights that `close` returned."""
         return torch.ops.fused_resnet._play.default(given, packs, self._entries, self._floats, self._results)

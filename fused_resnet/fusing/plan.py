@@ -194,15 +194,17 @@ class Plan:
 
     def _replayed(self, steps: list, values: list, inputs: list, tidy: bool, finite: bool) -> bool:
         """`_walk`, by what was recorded at an earlier call of this kind."""
-        if not replay.possible(inputs):
+        kind = replay.kind_of(steps, inputs)
+        if kind is None:
             return self._walk(steps, values, tidy, finite)
-        items = self.replays.find(steps, inputs)
+        items = self.replays.find(kind)
         if items is not None:
             return self._walk(items, values, tidy, finite)
-        recorder = replay.Recorder()
+        recorder = replay.Recorder(steps)
         with recorder.listening():
             finite = self._walk(steps, values, tidy, finite, None, recorder)
-        self.replays.keep(steps, inputs, recorder.items)
+        if recorder.whole:
+            self.replays.keep(kind, steps, recorder.items)
         return finite
 
     def _walk(self, steps: list, values: list, tidy: bool, finite: bool, answers: dict[int, list] | None = None,

@@ -9,17 +9,50 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fused_resnet import backends, tape
-from fused_resnet.fusing.steps import Launch
+from fused_resnet.fusing.steps import Attribute, Call, Launch
 from fused_resnet.nn import executor
 from fused_resnet.nn.memo import TensorGuards
 
 MOST = 16  # kinds of calls that a plan remembers
 LEAST = 2  # launches that are worth a tape
+SHOWN = ("backend", "pooled", "solved")  # what a launch keeps of its last call, for `report`
+
+
+class Look(NamedTuple):
+    """What steps were made from at one time."""
+
+    tensors: list[torch.Tensor | None]  # of the modules
+    numbers: list[Any]  # every one that a launch takes from the modules
+    stamps: list[tuple[int, int]]  # of the tensors
+
+
+def _stamps(tensors: list[torch.Tensor | None]) -> list[tuple[int, int]]:
+    """What a write in place, or other memory, changes. RuntimeError for a tensor that was made in inference mode."""
+    return [(t._version, t.data_ptr()) for t in tensors if t is not None]
+
+
+def _look(steps: list) -> tuple[list, list]:
+    """Tensors and numbers of a `Look`."""
+    tensors: list[torch.Tensor | None] = []
+    numbers: list[Any] = []
+    for step in steps:
+        if isinstance(step, Launch):
+            conv: Any = step.conv
+            own = executor.vectors(step.norm)
+            tensors += (conv._parameters["weight"], conv._parameters["bias"], *own[:4])
+            numbers += (conv.stride, conv.padding, conv.dilation, conv.groups, type(step.norm), own[4], own[5])
+        else:
+            numbers += (step.target.kernel_size, step.target.stride, step.target.padding)
+    return tensors, numbers
+
+
+def _guards(*tensors: torch.Tensor) -> TensorGuards:
+    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
 
 
 class Stretch:
@@ -29,42 +62,45 @@ class Stretch:
         self.steps: list = []
         self.stale = False
         self._tape = tape.Tape()
-        self._given: dict[int, torch.Tensor] = {}  # by slot; forgotten in the end
+        self._given: dict[int, TensorGuards] = {}  # slot -> what its tensor has to be like
         self._made: dict[int, int] = {}  # slot -> place on the tape
+        self._look = Look([], [], [])
 
     @property
     def launches(self) -> int:
         """How many the tape holds."""
         return len(self._tape)
 
-    def add(self, step: Any, launched: list[tape.Entry | None], values: list) -> bool:
+    def add(self, step: Any, look: Look, launched: list[tape.Entry | None], values: list) -> bool:
         """Takes a step that has just run, unless a tape cannot do all of it.
 
         Args:
             step: of the plan.
+            look: of the step, from before the call.
             launched: what it launched.
             values: of the plan.
         """
-        slots = [slot for slot in (getattr(step, "x", None), getattr(step, "residual", None)) if slot is not None]
         rows: list[tuple[tape.Entry, int, int]] = []
         given = dict(self._given)
 
-        def place(t: torch.Tensor | None) -> int | None:
+        def place(t: torch.Tensor | None, slot: int | None) -> int | None:
+            # `slot` is what the step reads in this role: at another call two slots that hold one tensor now may not
             if t is None:
                 return -1
             for i, (entry, *_) in enumerate(rows):
                 if entry.y is t:
                     return len(self._tape) + i
-            for slot in slots:
-                if values[slot] is t and slot in self._made:
-                    return self._made[slot]
-                if values[slot] is t:
-                    given.setdefault(slot, t)
-                    return -2 - list(given).index(slot)
-            return None
+            if slot is None or values[slot] is not t:
+                return None
+            if slot in self._made:
+                return self._made[slot]
+            if slot not in given:
+                given[slot] = _guards(t)
+            return -2 - list(given).index(slot)
 
         for entry in launched:
-            x, residual = (None, None) if entry is None else (place(entry.x), place(entry.residual))
+            x = None if entry is None else place(entry.x, step.x)
+            residual = None if entry is None else place(entry.residual, getattr(step, "residual", None))
             if entry is None or x is None or residual is None:
                 return False
             rows.append((entry, x, residual))
@@ -74,34 +110,36 @@ class Stretch:
             self._made[step.out] = self._tape.add(entry, x, residual)
         self._given = given
         self.steps.append(step)
+        for mine, new in zip(self._look, look, strict=True):
+            mine += new
         return True
 
     def close(self) -> None:
-        """Takes stock of all that the launches were made from."""
+        """Makes it ready to be played as long as all is as it was before the call that was recorded."""
         freed = {slot for step in self.steps for slot in step.frees}
         self._results = [slot for slot in self._made if slot not in freed]
         self._frees = sorted(freed - set(self._made))
-        self._slots = list(self._given)
-        self._tape.close(len(self._slots), [self._made[slot] for slot in self._results])
-        self._ran = [(step, step.backend, step.pooled) for step in self.steps if isinstance(step, Launch)]
-        tensors, self._numbers = self._look()
-        present = [t for t in tensors if t is not None]
-        self._ids, self._stamps = list(map(id, tensors)), _stamps(present)
-        self._guards = TensorGuards(*present, *self._given.values(), dynamic_dims_sizes=None,
-                                    dynamic_dims_strides=None)
-        del self._given, self._made
+        self._slots, self._likes = list(self._given), list(self._given.values())
+        self._packs = backends.watch(self._tape.close(len(self._slots), [self._made[s] for s in self._results]))
+        self._shown = [(step, step.memo, {name: step.__dict__[name] for name in SHOWN if name in step.__dict__},
+                        step.memo.known) for step in self.steps if isinstance(step, Launch)]
+        tensors, self._numbers, self._stamps = self._look
+        self._ids = list(map(id, tensors))
+        # Steps may share modules, guards want distinct tensors.
+        self._distinct = [i for i, t in enumerate(tensors) if t is not None and self._ids.index(id(t)) == i]
+        self._guards = _guards(*(tensors[i] for i in self._distinct))  # type: ignore[arg-type]
+        del self._given, self._made, self._look
 
     def play(self, values: list) -> bool:
         """Runs the steps over the values of a call; False, with nothing done, where something is different."""
-        tensors, numbers = self._look()
-        if numbers == self._numbers and list(map(id, tensors)) == self._ids:
-            present = [t for t in tensors if t is not None]
+        tensors, numbers = _look(self.steps)
+        if (numbers == self._numbers and list(map(id, tensors)) == self._ids and _stamps(tensors) == self._stamps
+                and self._guards.check(*[tensors[i] for i in self._distinct])):
             given = [values[slot] for slot in self._slots]
-            if _stamps(present) == self._stamps and self._guards.check(*present, *given):
-                results = self._tape.play(given)
-                if results is not None:
-                    self._put(values, results)
-                    return True
+            packs = self._packs.values()
+            if packs is not None and all(like.check(t) for like, t in zip(self._likes, given, strict=True)):
+                self._put(values, self._tape.play(given, packs))
+                return True
         self.stale = True
         return False
 
@@ -110,34 +148,23 @@ class Stretch:
             values[slot] = result
         for slot in self._frees:
             values[slot] = None
-        for step, backend, pooled in self._ran:
-            step.backend, step.pooled = backend, pooled
-
-    def _look(self) -> tuple[list, list]:
-        """The tensors of the modules, and every number that a launch takes from them."""
-        tensors: list[torch.Tensor | None] = []
-        numbers: list[Any] = []
-        for step in self.steps:
-            if isinstance(step, Launch):
-                conv: Any = step.conv
-                own = executor.vectors(step.norm)
-                tensors += (conv._parameters["weight"], conv._parameters["bias"], *own[:4])
-                numbers += (conv.stride, conv.padding, conv.dilation, conv.groups, type(step.norm), own[4], own[5])
-            else:
-                numbers += (step.target.kernel_size, step.target.stride, step.target.padding)
-        return tensors, numbers
-
-
-def _stamps(tensors: list[torch.Tensor]) -> tuple[list[int], list[int]]:
-    return [t._version for t in tensors], [t.data_ptr() for t in tensors]
+        for step, memo, shown, known in self._shown:
+            step.__dict__.update(shown)
+            memo.known = known
 
 
 class Recorder:
-    """Sees the steps of a call, and makes stretches of them where it can."""
+    """Sees the steps of a call, and makes stretches of them where it can.
 
-    def __init__(self) -> None:
+    What the steps are made from is looked at before the first of them runs: another thread may load weights while they
+    run, and then what they packed may be older than what is seen behind them.
+    """
+
+    def __init__(self, steps: list) -> None:
         self.items: list[Any] = []
+        self.whole = True  # no launch was one that will be different at the next call
         self._stretch = Stretch()
+        self._looks = {id(step): found for step in steps if (found := _look_before(step)) is not None}
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -148,12 +175,13 @@ class Recorder:
 
     def saw(self, step: Any, values: list) -> None:
         """Called after each step, before values are dropped."""
-        launched = list(self._launched)
+        launched, look = list(self._launched), self._looks.get(id(step))
         self._launched.clear()
-        if self._stretch.add(step, launched, values):
+        self.whole = self.whole and None not in launched
+        if look is not None and self._stretch.add(step, look, launched, values):
             return
         self._close()
-        if not self._stretch.add(step, launched, values):
+        if look is None or not self._stretch.add(step, look, launched, values):
             self.items.append(step)
 
     def _close(self) -> None:
@@ -161,12 +189,19 @@ class Recorder:
         if done.launches < LEAST:
             self.items += done.steps
             return
-        try:
-            done.close()
-        except RuntimeError:  # a tensor that was made under inference mode has no version
-            self.items += done.steps
-        else:
-            self.items.append(done)
+        done.close()
+        self.items.append(done)
+
+
+def _look_before(step: Any) -> Look | None:
+    """None for what is no launch, or whose tensors have no versions."""
+    if isinstance(step, Call | Attribute):
+        return None
+    try:
+        tensors, numbers = _look([step])
+        return Look(tensors, numbers, _stamps(tensors))
+    except RuntimeError:
+        return None
 
 
 class Replays:
@@ -178,26 +213,25 @@ class Replays:
     def __reduce__(self) -> tuple:
         return Replays, ()
 
-    def find(self, steps: list, inputs: list) -> list | None:
+    def find(self, kind: tuple) -> list | None:
         """What stands for the steps of a plan in a call of this kind: themselves and stretches; None before it was
         recorded, or where something was different.
         """
-        _, items = self._known.get(self._key(steps, inputs), ((), None))
+        _, items = self._known.get(kind, ((), None))
         stale = items is not None and any(type(item) is Stretch and item.stale for item in items)
         return None if stale else items
 
-    def keep(self, steps: list, inputs: list, items: list) -> None:
+    def keep(self, kind: tuple, steps: list, items: list) -> None:
         """Remembers what `find` will say."""
-        if len(self._known) >= MOST:
+        if kind not in self._known and len(self._known) >= MOST:
             self._known.clear()
-        self._known[self._key(steps, inputs)] = list(steps), items  # the steps live on, so that their ids stay theirs
-
-    @staticmethod
-    def _key(steps: list, inputs: list) -> tuple:
-        modes = torch.get_num_threads(), torch.is_inference_mode_enabled(), backends.regime()
-        return (*modes, *((x.shape, x.dtype) for x in inputs), *map(id, steps))
+        self._known[kind] = list(steps), items  # the steps live on, so that their ids stay theirs
 
 
-def possible(inputs: list) -> bool:
-    """Whether calls with such inputs are replayed: on the CPU, while nobody watches launches."""
-    return inputs[0].is_cpu and backends.regime() is not None and not torch.is_autocast_enabled("cpu")
+def kind_of(steps: list, inputs: list) -> tuple | None:
+    """What tells kinds of calls apart; None where nothing is replayed: off the CPU, and while launches are watched."""
+    regime = backends.regime()
+    if not inputs[0].is_cpu or regime is None or torch.is_autocast_enabled("cpu"):
+        return None
+    modes = torch.get_num_threads(), torch.is_inference_mode_enabled(), regime
+    return (*modes, *((x.shape, x.dtype) for x in inputs), *map(id, steps))

@@ -1,7 +1,8 @@
 """Packed and folded weights, kept only while they are provably those of the live tensors.
 
 An entry lives as long as every source tensor keeps its identity, storage and version counter:
-optimizer steps, `load_state_dict`, `copy_`, `.to()` and `.data =` all change one of them. Writes
+optimizer steps, `load_state_dict`, `copy_`, `.to()` and `.data =` all change one of them. An address
+is not enough: `.data =` leaves the version as it is, and `.to()` and back often ends where it began. Writes
 that PyTorch itself cannot see (`.data.copy_`, numpy views) do not; `fused_resnet.refresh` calls
 `drop` for those. Tensors without a version counter (made under inference mode) are never cached,
 nor is what is built while a CUDA graph is recorded: it lies in the graph's own memory and holds
@@ -44,6 +45,27 @@ class Held:
                    for key, value in self._values.items())
 
 
+class Watch:
+    """Packed values, not kept alive, as long as the cache still has them.
+
+    A value that was dropped may live on where another thread reads it, so to be alive is not enough.
+    """
+
+    def __init__(self, values: Iterable) -> None:
+        keys = {id(entry[2]): key for key, entry in list(_packs.items())}
+        self._known = [(keys.get(id(value), ()), weakref.ref(value)) for value in values]
+
+    def values(self) -> list | None:
+        """All of them; None where one was dropped or built afresh."""
+        found = []
+        for key, ref in self._known:
+            entry = _packs.get(key)
+            if entry is None or entry[2] is not ref():
+                return None
+            found.append(entry[2])
+        return found
+
+
 @contextlib.contextmanager
 def holding() -> Iterator[Held]:
     """Collects what `packed` returns: a recorded graph goes on reading its memory."""
@@ -78,7 +100,7 @@ def packed(tag: Hashable, sources: tuple, build: Callable[[], Any]) -> Any:
     def forget(_: Any, key: tuple = key) -> None:
         _packs.pop(key, None)
 
-    refs = tuple(weakref.ref(s, forget) for s in sources if s is not None)
+    refs = tuple(weakref.ref(t, forget) for s in sources if s is not None for t in (s, s.untyped_storage()))
     _packs[key] = (refs, stamp, value)
     return value if _state.held is None else _state.held.keep(key, value)
 

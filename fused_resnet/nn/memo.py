@@ -53,7 +53,7 @@ class Memo:
     """
 
     def __init__(self) -> None:
-        self._known: _Known | None = None
+        self.known: _Known | None = None
 
     def __reduce__(self) -> tuple:
         return Memo, ()
@@ -61,11 +61,11 @@ class Memo:
     @property
     def problem(self) -> ConvProblem | None:
         """Of the last call that was kept; None before it."""
-        return None if self._known is None else self._known.problem
+        return None if self.known is None else self.known.problem
 
     def recall(self, situation: tuple, operands: ConvOperands) -> ConvProblem | None:
         """The problem of an earlier call, if this one is like it."""
-        known = self._known
+        known = self.known
         if (known is None or known.situation != situation or known.others(operands) != known.values
                 or not known.guards.check(*known.present(operands))):
             return None
@@ -84,4 +84,4 @@ class Memo:
         others = itemgetter(*(i for i in range(len(operands)) if i not in present))
         tensors = [operands[i] for i in present]
         guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-        self._known = _Known(situation, itemgetter(*present), others, others(operands), guards, problem)
+        self.known = _Known(situation, itemgetter(*present), others, others(operands), guards, problem)
