@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fused_resnet import backends, tape
-from fused_resnet.fusing.steps import Attribute, Call, Launch
+from fused_resnet.fusing.steps import Launch
 from fused_resnet.nn import executor
 from fused_resnet.nn.memo import TensorGuards
 
@@ -110,8 +110,9 @@ class Stretch:
             self._made[step.out] = self._tape.add(entry, x, residual)
         self._given = given
         self.steps.append(step)
-        for mine, new in zip(self._look, look, strict=True):
-            mine += new
+        self._look.tensors.extend(look.tensors)
+        self._look.numbers.extend(look.numbers)
+        self._look.stamps.extend(look.stamps)
         return True
 
     def close(self) -> None:
@@ -195,7 +196,7 @@ class Recorder:
 
 def _look_before(step: Any) -> Look | None:
     """None for what is no launch, or whose tensors have no versions."""
-    if isinstance(step, Call | Attribute):
+    if not getattr(type(step), "taped", False):
         return None
     try:
         tensors, numbers = _look([step])
@@ -235,3 +236,8 @@ def kind_of(steps: list, inputs: list) -> tuple | None:
         return None
     modes = torch.get_num_threads(), torch.is_inference_mode_enabled(), regime
     return (*modes, *((x.shape, x.dtype) for x in inputs), *map(id, steps))
+
+
+def covers(items: list, steps: int) -> bool:
+    """Whether one call plays the first so many steps of those that were recorded."""
+    return bool(items) and type(items[0]) is Stretch and len(items[0].steps) >= steps

@@ -100,6 +100,7 @@ class Launch:
     """One match: a fused launch, or its nodes one by one where the operands do not fit."""
 
     opaque = False
+    taped = True  # it may stand on a tape; what only wraps it may not
 
     def __init__(self, name: str, pattern: str, conv: nn.Module, norm: nn.Module | None, activation: str,
                  prologue: tuple[nn.Module, str] | None, x: int, residual: int | None, reuse: bool, pool: bool,
