@@ -7,16 +7,19 @@ whether the kernel is right or fast. The interpreter must be off (TRITON_INTERPR
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -87,8 +90,14 @@ def build(kernel: Any, arguments: Mapping[str, Any], arch: int, options: Mapping
         else:
             types[parameter.name] = "i32" if value < 2**31 else "i64"
     source = GluonASTSource if kernel.is_gluon() else ASTSource
-    return triton.compile(source(kernel, types, values, hints), target=GPUTarget("cuda", arch, 32),
-                          options=dict(options))
+    said = io.StringIO()
+    # Only an assembler that runs reports spills and warnings: nothing is taken from Triton's cache.
+    with knobs.nvidia.scope(), knobs.compilation.scope(), redirect_stdout(said):
+        knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
+        compiled = triton.compile(source(kernel, types, values, hints), target=GPUTarget("cuda", arch, 32),
+                                  options=dict(options))
+    compiled.asm["log"] = said.getvalue()
+    return compiled
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -105,17 +114,14 @@ def _number(pattern: str, text: str) -> int:
     return int(match.group(1))
 
 
-def inspect(compiled: Any, arch: int) -> Report:
+def inspect(compiled: Any) -> Report:
     """Counts registers, memory, spills and instructions of what `build` returned."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder, "k.cubin"), Path(folder, "k.ptx")
-        cubin.write_bytes(compiled.asm["cubin"])
-        ptx.write_text(compiled.asm["ptx"])
-        sass = _tool("nvdisasm", "-c", str(cubin))
-        usage = _tool("cuobjdump", "-res-usage", str(cubin))
-        # Assembled once more for the verbose report: spills and warnings are in no other place.
-        verbose = _tool("ptxas", "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", str(ptx), "-o",
-                        str(Path(folder, "v.cubin")))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        sass = _tool("nvdisasm", "-c", "-ndf", cubin.name)  # without the targets of branches, which take a while
+        usage = _tool("cuobjdump", "-res-usage", cubin.name)
+    verbose = compiled.asm["log"]
     return Report(
         registers=_number(r"REG:(\d+)", usage), stack_bytes=_number(r"STACK:(\d+)", usage),
         spill_bytes=_number(r"(\d+) bytes spill stores", verbose) + _number(r"(\d+) bytes spill loads", verbose),
@@ -128,4 +134,4 @@ def inspect(compiled: Any, arch: int) -> Report:
 
 def check(kernel: Any, arguments: Mapping[str, Any], arch: int, options: Mapping[str, int]) -> Report:
     """`inspect(build(...))`: what the launch with these arguments would run on sm_`arch`."""
-    return inspect(build(kernel, arguments, arch, options), arch)
+    return inspect(build(kernel, arguments, arch, options))

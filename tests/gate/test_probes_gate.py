@@ -20,7 +20,7 @@ touch = aot.build(probes.touch, {"x": counts(1), "WAIT": True}, 90, probes.TINY_
 meet = aot.build(probes.meet, {"counter": counts(1), "ROUNDS": 9}, 90,
                  probes.TINY_OPTIONS | {"launch_cooperative_grid": True})
 print(json.dumps({"read": read.asm["ptx"], "touch": touch.asm["ptx"], "meet": meet.asm["ptx"],
-                  "spills": aot.inspect(read, 90).spill_bytes, "pdl": touch.metadata.launch_pdl,
+                  "spills": aot.inspect(read).spill_bytes, "pdl": touch.metadata.launch_pdl,
                   "cooperative": meet.metadata.launch_cooperative_grid}))
 """
 
