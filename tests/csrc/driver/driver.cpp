@@ -66,6 +66,7 @@ struct Trial {
   Case c;
   ConvShape s;
   Tensor x, weight, residual, bias, gamma, beta, mean, var;
+  std::vector<float> sums;  // [pixels][K]
 
   Trial(const Case& given, int64_t offset) : c(given) {
     x = Tensor({c.N, c.C, c.H, c.W}, kType<T>, true, offset);
@@ -81,6 +82,9 @@ struct Trial {
     beta = vector_of(c.K, -3, 3);
     mean = vector_of(c.K, -2, 2);
     var = vector_of(c.K, 1, 1);
+    for (int64_t i = 0; i < pixels(s); ++i) {
+      for (int32_t k = 0; k < c.K; ++k) sums.push_back(sum(pixel_of(i, s.P, s.Q), k));
+    }
   }
 
   Tensor image(int64_t offset) const { return Tensor({s.N, s.K, s.P, s.Q}, kType<T>, true, offset); }
@@ -95,28 +99,29 @@ struct Trial {
                    {c.dilation_h, c.dilation_w}, c.groups, activation, method);
   }
 
-  // What plain loops make of element [n, p, q, k]: exact before the activation.
-  float answer(int32_t n, int32_t p, int32_t q, int32_t k, bool add, Activation activation) const {
-    const int32_t channels = c.C / c.groups, first = k / (c.K / c.groups) * channels;
+  // What plain loops over the cells of the kernel add up, which is exact.
+  float sum(Pixel at, int32_t k) const {
+    const int32_t channels = c.C / c.groups, first = k / (c.K / c.groups) * channels, cells = c.R * c.S;
+    const T* own = data<T>(weight) + int64_t{k} * channels * cells;
     float sum = 0;
-    for (int32_t i = 0; i < channels * c.R * c.S; ++i) {
-      const Depth at = depth_of(i, c.S, channels);
-      const int32_t h = tap(p, at.r, c.stride_h, c.pad_h, c.dilation_h);
-      const int32_t w = tap(q, at.s, c.stride_w, c.pad_w, c.dilation_w);
+    for (int32_t cell = 0; cell < cells; ++cell) {
+      const int32_t h = tap(at.p, cell / c.S, c.stride_h, c.pad_h, c.dilation_h);
+      const int32_t w = tap(at.q, cell % c.S, c.stride_w, c.pad_w, c.dilation_w);
       if (!inside(h, c.H) || !inside(w, c.W)) continue;
-      sum += widen(data<T>(x)[nhwc(n, h, w, first + at.c, c.H, c.W, c.C)]) *
-             widen(data<T>(weight)[((int64_t{k} * channels + at.c) * c.R + at.r) * c.S + at.s]);
+      const T* from = data<T>(x) + nhwc(at.n, h, w, first, c.H, c.W, c.C);
+      for (int32_t i = 0; i < channels; ++i) sum += widen(from[i]) * widen(own[i * cells + cell]);
     }
-    float z = (sum + data<float>(bias)[k] - data<float>(mean)[k]) * data<float>(gamma)[k] + data<float>(beta)[k];
-    if (add) z += widen(data<T>(residual)[nhwc(n, p, q, k, s.P, s.Q, s.K)]);
-    return activate(z, activation);
+    return sum;
   }
 
+  // Exact before the activation.
   std::vector<float> answers(bool add, Activation activation) const {
     std::vector<float> out;
-    for (int64_t i = 0; i < pixels(s); ++i) {
-      const Pixel at = pixel_of(i, s.P, s.Q);
-      for (int32_t k = 0; k < s.K; ++k) out.push_back(answer(at.n, at.p, at.q, k, add, activation));
+    for (size_t i = 0; i < sums.size(); ++i) {
+      const size_t k = i % static_cast<size_t>(c.K);
+      float z = (sums[i] + data<float>(bias)[k] - data<float>(mean)[k]) * data<float>(gamma)[k] + data<float>(beta)[k];
+      if (add) z += widen(data<T>(residual)[i]);
+      out.push_back(activate(z, activation));
     }
     return out;
   }
