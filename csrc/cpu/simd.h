@@ -2,7 +2,7 @@
 // AVX2, AVX-512 and NEON. Included by csrc/cpu/isa only; everything has internal linkage.
 #pragma once
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -46,8 +46,16 @@ FR_INLINE Floats load(const float* from) {
   return *reinterpret_cast<const FloatsAt*>(from);
 }
 
+// Compilers widen halves of vectors, and put them together.
 FR_INLINE Floats load(const bf16* from) {
-  return reinterpret_cast<Floats>(__builtin_convertvector(*reinterpret_cast<const HalvesAt*>(from), Words) << 16);
+#if defined(__AVX512F__)
+  const auto wide = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__)
+  const auto wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  const auto wide = __builtin_convertvector(*reinterpret_cast<const HalvesAt*>(from), Words);
+#endif
+  return reinterpret_cast<Floats>(reinterpret_cast<Words>(wide) << 16);
 }
 
 FR_INLINE void store(float* to, Floats value) {
@@ -65,10 +73,11 @@ FR_INLINE void store(bf16* to, Floats value) {
 #endif
 }
 
-// NaN passes, as in `activate`: no maximum, which would drop it.
+// NaN passes, as in `activate`. In this order they are x86's maximum and minimum, which give the second of two operands
+// where one is NaN.
 FR_INLINE Floats clamp(Floats z, Floats low, Floats high) {
-  z = z <= low ? low : z;
-  return z >= high ? high : z;
+  z = low > z ? low : z;
+  return high < z ? high : z;
 }
 
 }  // namespace
