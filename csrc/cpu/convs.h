@@ -1,5 +1,5 @@
 // Our own convolutions on the CPU: no torch, one table of functions for every instruction set. See gemm.h, direct.h,
-// winograd.h and grouped.h for how they compute.
+// winograd.h and isa/grouped.cpp for how they compute.
 #pragma once
 
 #include "common/elements.h"

@@ -17,34 +17,38 @@ HEADERS = ("csrc/inductor/aoti_torch/c/shim.h", "csrc/stable/library.h", "csrc/s
 CXX = shutil.which("c++")
 
 
-def compile_driver(setup_script, folder, flags=(), *, csrc=made.CSRC, isas=("baseline",), compiler=CXX, objects=None):
-    """Builds the driver and csrc/cpu/isa/convs.cpp in `folder`; returns the program.
+def compile_driver(setup_script, folder, flags=(), *, csrc=made.CSRC, isas=("baseline",), compiler=CXX, sound=()):
+    """Builds the driver and the convolutions of csrc/cpu/isa in `folder`; returns the program.
 
     Args:
-        objects: what takes the place of convs.cpp, one for each of `isas`.
+        sound: object files of another build, which are taken as they are.
     """
     if compiler is None:
         pytest.skip("there is no C++ compiler")
     for name in HEADERS:
         (folder / "torch" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "torch" / name).write_text('#include "stub.h"\n')
+    loops = [flag for flag in setup_script.LOOPS.split() if "$" not in flag and not flag.startswith("-I")]
+    has = [f"-DFR_HAS_{isa.upper()}" for isa in isas if isa != "baseline"]
+    units = {"driver.o": [DRIVER / "driver.cpp", "-std=c++20", *has]} | {
+        f"{name}.{isa}.o": [csrc / f"cpu/isa/{name}.cpp", *loops, "-Werror", f"-DFR_ISA={isa}",
+                            *(setup_script.ISAS[isa].split() if isa != "baseline" else ())]
+        for isa in isas for name in ("grouped", "convs")}
+    for path in sound:
+        del units[path.name]
 
     def run(*command):
         done = subprocess.run([compiler, *command], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
 
-    def convs(isa):
-        target, march = folder / f"convs.{isa}.o", setup_script.ISAS[isa].split() if isa != "baseline" else []
-        loops = [flag for flag in setup_script.LOOPS.split() if "$" not in flag and not flag.startswith("-I")]
-        run(*loops, "-O1", "-Werror", *march, *flags, f"-I{csrc}", f"-DFR_ISA={isa}", "-c", csrc / "cpu/isa/convs.cpp",
-            "-o", target)
-        return target
+    def compiled(name):
+        run(*units[name], "-O1", *flags, *(f"-I{path}" for path in (csrc, DRIVER, folder)), "-MMD", "-c", "-o",
+            folder / name)
+        return folder / name
 
     with ThreadPoolExecutor(2) as pool:
-        objects = objects or list(pool.map(convs, isas))
-    has = [f"-DFR_HAS_{isa.upper()}" for isa in isas if isa != "baseline"]
-    run("-std=c++20", "-O1", *flags, *has, f"-I{csrc}", f"-I{DRIVER}", f"-I{folder}", DRIVER / "driver.cpp", *objects,
-        "-pthread", "-o", folder / "driver")
+        objects = [*sound, *pool.map(compiled, units)]
+    run(*flags, *objects, "-pthread", "-o", folder / "driver")
     return folder / "driver"
 
 
@@ -69,7 +73,7 @@ def test_sanitizers_find_nothing(setup_script, tmp_path, sanitizers):
 
 
 def test_arm_computes_the_same(setup_script, tmp_path):
-    """Both files of csrc/cpu/isa compile for NEON; the convolutions run there, or in an emulator."""
+    """The loops compile for NEON; the convolutions run there, or in an emulator."""
     native = platform.machine() == "aarch64"
     compiler = CXX if native else shutil.which("aarch64-linux-gnu-g++") or pytest.skip("there is no compiler for ARM")
     loops = [flag for flag in setup_script.LOOPS.split() if "$" not in flag]
@@ -122,7 +126,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def verdicts(setup_script, tmp_path_factory):
-    """Fault -> what the driver says of it, "" -> of the sound sources; two builds at a time."""
+    """Fault -> what the driver says of it, "" -> of the sound sources; two builds at a time, of what a fault is in."""
     flags = ["-w"]  # a fault may leave a name idle
     folder = tmp_path_factory.mktemp("sound")
     said = {"": complaint(compile_driver(setup_script, folder, flags))}
@@ -134,8 +138,8 @@ def verdicts(setup_script, tmp_path_factory):
         text = (own / "csrc" / file).read_text()
         assert text.count(before) == 1, f"{before!r} stands {text.count(before)} times in {file}"
         (own / "csrc" / file).write_text(text.replace(before, after))
-        sound = [folder / "convs.baseline.o"] if file in (PACK, TILES) else None
-        return complaint(compile_driver(setup_script, own, flags, csrc=own / "csrc", objects=sound))
+        sound = [path for path in folder.glob("*.o") if str(made.CSRC / file) not in path.with_suffix(".d").read_text()]
+        return complaint(compile_driver(setup_script, own, flags, csrc=own / "csrc", sound=sound))
 
     with ThreadPoolExecutor(2) as pool:
         return said | dict(zip(FAULTS, pool.map(judge, FAULTS), strict=True))

@@ -1,6 +1,5 @@
 // Compiled once for every instruction set, with -DFR_ISA=its name: see convs.h.
 #include "cpu/direct.h"
-#include "cpu/grouped.h"
 #include "cpu/pool.h"
 #include "cpu/winograd.h"
 
@@ -9,6 +8,10 @@ namespace FR_ISA {
 
 #define FR_STRINGIFY(x) #x
 #define FR_NAME(x) FR_STRINGIFY(x)
+
+int64_t grouped_scratch(const ConvShape& s, const Part& part);  // grouped.cpp
+template <class T>
+void grouped(const ConvRun<T>& c, const Part& part, void* scratch);
 
 template <class T>
 Convs<T> convs() {

@@ -3,9 +3,7 @@
 // for c = 0 ... G - 1, the pixel's vector with channel c of every group in all lanes of its group, times weights that
 // were packed for these lanes. The rows of x under the kernel are copied once, in fp32 and with their padding, each
 // vector of channels by itself; a block of 7 or 8 sums of one row of y stays in registers, and up to three neighbouring
-// taps share what they load.
-#pragma once
-
+// taps share what they load. Compiled once for every instruction set, as convs.cpp is.
 #include <utility>
 
 #include "cpu/gemm.h"
@@ -126,10 +124,6 @@ inline Window window_of(const ConvShape& s, float* data) {
   return {data, row, rows * row, rows};
 }
 
-inline int64_t grouped_scratch(const ConvShape& s, const Part& part) {
-  return 4 * (part.last_panel - part.first_panel) * window_of(s, nullptr).vector + 8 * int64_t{s.R};
-}
-
 template <class T>
 void copy_row(const ConvRun<T>& c, const Part& part, const Window& window, int32_t n, int32_t h) {
   const ConvShape& s = c.shape;
@@ -181,6 +175,12 @@ void grouped_of(const ConvRun<T>& c, const Part& part, void* scratch) {
   grouped_part<G, 0, 8>(c, part, scratch);
 }
 
+}  // namespace
+
+int64_t grouped_scratch(const ConvShape& s, const Part& part) {
+  return 4 * (part.last_panel - part.first_panel) * window_of(s, nullptr).vector + 8 * int64_t{s.R};
+}
+
 template <class T>
 void grouped(const ConvRun<T>& c, const Part& part, void* scratch) {
   switch (c.shape.C / c.shape.groups) {
@@ -195,6 +195,8 @@ void grouped(const ConvRun<T>& c, const Part& part, void* scratch) {
   }
 }
 
-}  // namespace
+template void grouped(const ConvRun<float>&, const Part&, void*);
+template void grouped(const ConvRun<bf16>&, const Part&, void*);
+
 }  // namespace FR_ISA
 }  // namespace fused_resnet
