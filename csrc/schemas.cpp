@@ -38,6 +38,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet, m) {
       "Tensor");
   m.def("_quantize(Tensor x, float inverse, int zero) -> Tensor");
   m.def("_max_pool(Tensor x, int[2] kernel, int[2] stride, int[2] padding) -> Tensor");
+  m.def("_mean_pool(Tensor x) -> Tensor");  // of whole maps: [N, C, 1, 1]
   // Launches of the CPU's operators above, recorded by fused_resnet/tape.py, which knows the layout of entries and
   // numbers.
   m.def("_play(Tensor[] given, Tensor[] packs, Tensor entries, Tensor numbers, int[] results) -> Tensor[]");

@@ -181,4 +181,4 @@ FAKES: dict[str, Callable[..., Any]] = {
     "_image": lambda x, size: _image(x, *size), "_is_finite": lambda x: bool(x.isfinite().all()), "_play": _fake_play,
     "_bn_finalise": _fake_bn_finalise,
     "_conv_int8_pack": _fake_conv_int8_pack, "_conv_int8": _fake_conv_int8, "_quantize": _fake_quantize,
-    "_max_pool": _fake_max_pool}
+    "_max_pool": _fake_max_pool, "_mean_pool": lambda x: _image(x, *x.shape[:2], 1, 1)}

@@ -77,6 +77,8 @@ struct Convs {
   void (*grouped)(const ConvRun<T>&, const Part&, void* scratch);
   // Row p of image n of the pooled batch; of the shape K and the weights' side mean nothing.
   void (*max_pool)(const ConvShape&, const T* x, T* y, int64_t n, int32_t p);
+  // The mean of `count` pixels of C channels, added up in fp32.
+  void (*mean_pool)(const T* x, int64_t count, int64_t C, T* y);
 };
 
 #define FR_DECLARE_CONVS(isa) \

@@ -1,4 +1,4 @@
-// Max-pool in NHWC, without the indices that only a gradient needs.
+// Pools in NHWC: the maximum, without the indices that only a gradient needs, and the mean of whole maps.
 #pragma once
 
 #include "cpu/convs.h"
@@ -79,6 +79,22 @@ void max_pool(const ConvShape& s, const T* x, T* y, int64_t n, int32_t p) {
       }
       y[k] = most;
     }
+  }
+}
+
+template <class T>
+void mean_pool(const T* x, int64_t count, int64_t C, T* y) {
+  const float scale = 1.0f / static_cast<float>(count);
+  int64_t k = 0;
+  for (; k + kLanes <= C; k += kLanes) {
+    Floats sum{};
+    for (int64_t i = 0; i < count; ++i) sum += load(x + i * C + k);
+    store(y + k, sum * scale);
+  }
+  for (; k < C; ++k) {
+    float sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += widen(x[i * C + k]);
+    round_to(y[k], sum * scale);
   }
 }
 

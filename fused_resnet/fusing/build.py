@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from fused_resnet.fusing import head
 from fused_resnet.fusing.capture import Captured
 from fused_resnet.fusing.match import Match, activation_of
 from fused_resnet.fusing.parts import Modules
@@ -42,7 +43,8 @@ def build(live: Modules, captured: Captured, graph: fx.Graph, matches: list[Matc
             steps.append(_launch(live, match, slots, reuse, prefix))
             slots.loose.add(node)
         elif node.op != "placeholder" and node not in absorbed:
-            steps.append(call_step(live, node, slots, opaque))
+            step = call_step(live, node, slots, opaque)
+            steps.append(head.better(step) if isinstance(step, Call) else step)
             if isinstance(steps[-1], Call) and steps[-1].layout_free and slots.loose.intersection(node.all_input_nodes):
                 slots.loose.add(node)
     free(steps, output)

@@ -94,7 +94,7 @@ class Int8Launch(Launch):
 class Int8Pool:
     """A max-pool on uint8."""
 
-    steady, opaque, taped = True, False, True
+    steady, opaque, taped, heeded = True, False, True, True
 
     def __init__(self, call: Call):
         self.call, self.target, self.out, self.frees = call, call.target, call.out, call.frees

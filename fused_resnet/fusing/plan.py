@@ -227,7 +227,7 @@ class Plan:
                     value = step.run(values, tidy, finite)
             else:
                 value = step.run(values, tidy, finite)
-            finite = finite and (step.steady or _finite(value))
+            finite = finite and (step.steady or not step.heeded or _finite(value))
             values[step.out] = value
             if watcher is not None:
                 watcher.saw(step, values)

@@ -43,6 +43,8 @@ class Slot(NamedTuple):
 class Call:
     """One node that runs as it stands."""
 
+    heeded = True  # a launch follows, which may have to know whether values are finite
+
     def __init__(self, kind: str, target: Any, args: tuple, kwargs: dict, out: int, opaque: bool):
         self.kind, self.target, self.args, self.kwargs, self.out = kind, target, args, kwargs, out
         self.opaque = opaque  # a module whose forward is not understood
@@ -87,6 +89,7 @@ class Attribute:
     """A parameter or buffer that forward reads by itself."""
 
     steady = opaque = False
+    heeded = True
 
     def __init__(self, owner: nn.Module, name: str, out: int):
         self.owner, self.name, self.out = owner, name, out
@@ -100,6 +103,7 @@ class Launch:
     """One match: a fused launch, or its nodes one by one where the operands do not fit."""
 
     opaque = False
+    heeded = True
     taped = True  # it may stand on a tape; what only wraps it may not
 
     def __init__(self, name: str, pattern: str, conv: nn.Module, norm: nn.Module | None, activation: str,
@@ -200,8 +204,11 @@ def call_step(live: Modules, node: fx.Node, slots: Slots, opaque: set[str]) -> A
 
 
 def free(steps: list, output: Any) -> None:
-    """Tells each step which values nobody reads after it."""
+    """Tells each step which values nobody reads after it, and whether a launch follows."""
     alive: set[int] = set()
+    last = max((i for i, step in enumerate(steps) if isinstance(step, Launch)), default=-1)
+    for step in steps[last + 1:]:
+        step.heeded = False
     fill_slots(output, lambda a: alive.add(a.at))
     for step in reversed(steps):
         used: set[int] = set()

@@ -16,8 +16,8 @@ void grouped(const ConvRun<T>& c, const Part& part, void* scratch);
 template <class T>
 Convs<T> convs() {
   return {
-      FR_NAME(FR_ISA),   kLanes,          kRows,      direct_scratch<T>, direct<T>, winograd_scratch<T>, winograd<T>,
-      winograd_input<T>, grouped_scratch, grouped<T>, max_pool<T>};
+      FR_NAME(FR_ISA),   kLanes,          kRows,      direct_scratch<T>, direct<T>,   winograd_scratch<T>, winograd<T>,
+      winograd_input<T>, grouped_scratch, grouped<T>, max_pool<T>,       mean_pool<T>};
 }
 
 template Convs<float> convs<float>();
