@@ -87,6 +87,8 @@ def packed(tag: Hashable, sources: tuple, build: Callable[[], Any]) -> Any:
     key = (tag, *map(id, sources))
     try:
         stamp = tuple([(s._version, s.data_ptr()) for s in sources if s is not None])
+        if sources[0] is not None:  # `.data =` may give weights a transposed view of the same memory
+            stamp += (sources[0].stride(),)
     except RuntimeError:  # an inference tensor has no version counter
         return build()
     entry = _packs.get(key)
