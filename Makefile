@@ -33,11 +33,10 @@ bench: $(VENV)/.bench  ## time ResNet-50 and ResNet-18 on real photographs, besi
 	$(BIN)/fused-resnet bench $(ARGS)
 
 test: $(VENV)/.all  ## the tests of every room (12 minutes on 2 cores)
-	$(PYTEST) -n $(JOBS) tests --ignore=tests/gate --ignore=tests/gpu -m "not gate" $(ARGS)
+	$(PYTEST) -n $(JOBS) --dist worksteal tests --ignore=tests/gate --ignore=tests/gpu -m "not gate" $(ARGS)
 
 gate: $(VENV)/.all  ## the compile gates and the larger sweeps (25 minutes on 2 cores)
-	$(PYTEST) -n $(JOBS) --dist loadfile tests/gate $(ARGS)
-	$(PYTEST) -n $(JOBS) tests --ignore=tests/gate --ignore=tests/gpu -m gate $(ARGS)
+	$(PYTEST) -n $(JOBS) --dist loadgroup tests --ignore=tests/gpu -m gate $(ARGS)
 
 lint: $(VENV)/.all  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

@@ -26,6 +26,8 @@ from fused_resnet.cli.trainer import Trainer
 from fused_resnet.cli.work.train import variant
 from tests.fusing.pairs import BRANCH, nodes
 
+# The runs of stock serve several of these tests.
+pytestmark = pytest.mark.xdist_group("curves")
 EXACT = 1e-10
 ALONE = Processes(0, 1, "cpu")
 # 44 steps an epoch: 308 steps. At higher rates rounding errors grow so fast that a rate that is wrong hides in them.

@@ -28,6 +28,7 @@ BUILD = "import sys, setuptools.build_meta as b; print(getattr(b, 'build_' + sys
 # Nothing of the environment of a test run that would change what is built or installed.
 CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("FUSED_RESNET_", "PYTHON", "TRITON_", "PIP_"))}
 gate = pytest.mark.gate
+pytestmark = pytest.mark.xdist_group("distribution")  # a wheel takes a minute
 
 
 def run(*command, **environment):

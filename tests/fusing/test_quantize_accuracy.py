@@ -1,5 +1,7 @@
 """A trained network keeps its answers in 8 bits: handwritten digits that it has not seen."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,10 +11,13 @@ from fused_resnet import numerics
 from fused_resnet.cli import datasets
 
 WANTED = 0.995
+pytestmark = pytest.mark.xdist_group("trained")  # once for all methods
 
 
-def trained(data, depth, epochs, rate=0.2, batch=64):
-    """A network in eval mode after one cycle of SGD."""
+@functools.cache
+def trained(depth, epochs, size=None, rate=0.2, batch=64):
+    """The digits, and a network in eval mode after one cycle of SGD on them."""
+    data = datasets.load("mnist", size)
     generator = torch.Generator().manual_seed(0)
     model = fr.models.cifar_resnet(depth, in_channels=data.channels).to(memory_format=torch.channels_last)
     optimiser = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
@@ -26,7 +31,7 @@ def trained(data, depth, epochs, rate=0.2, batch=64):
                             data.train_y[at]).backward()
             optimiser.step()
             schedule.step()
-    return model.eval()
+    return data, model.eval()
 
 
 def hold(data, model, method="minmax"):
@@ -43,13 +48,11 @@ def hold(data, model, method="minmax"):
 
 
 def test_digits_keep_their_class():
-    data = datasets.load("mnist", 16)
-    hold(data, trained(data, 8, 2))
+    hold(*trained(8, 2, 16))
 
 
 @pytest.mark.gate
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
 @pytest.mark.parametrize("depth", [20])
 def test_deeper_networks_keep_their_classes(method, depth):
-    data = datasets.load("mnist")
-    hold(data, trained(data, depth, 3), method)
+    hold(*trained(depth, 3), method)

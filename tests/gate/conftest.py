@@ -1,8 +1,20 @@
 """What the compile gates share."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.gate.workers import compile_all
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    """All that is here is a gate, and stays with its file, of which one worker compiles what all tests need."""
+    for item in items:
+        if item.path.parent == HERE:
+            item.add_marker("gate")
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="module")
