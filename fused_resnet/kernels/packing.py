@@ -107,10 +107,20 @@ def packed(tag: Hashable, sources: tuple, build: Callable[[], Any]) -> Any:
     return value if _state.held is None else _state.held.keep(key, value)
 
 
+def _place(t: torch.Tensor) -> int:
+    try:
+        return t.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # a tensor without data
+        return 0
+
+
 def drop(tensors: Iterable) -> int:
-    """Forgets every packed value built from any of `tensors`; returns how many there were."""
+    """Forgets every packed value built from any of `tensors`, or of a view of one; returns how many there were."""
+    tensors = list(tensors)
     ids = {id(t) for t in tensors}
-    stale = [key for key in list(_packs) if ids.intersection(key[1:])]
+    places = {_place(t) for t in tensors if isinstance(t, torch.Tensor)} - {0}
+    stale = [key for key, (refs, *_) in list(_packs.items()) if ids.intersection(key[1:])
+             or any((storage := ref()) is not None and storage.data_ptr() in places for ref in refs[1::2])]
     for key in stale:
         _packs.pop(key, None)
     return len(stale)
