@@ -148,7 +148,7 @@ class Tape {
 };
 
 constexpr int64_t kDeepPixels = 512;  // of a map: smaller ones are read through the weights rather
-constexpr int64_t kBand = 768 << 10;  // bytes of all maps of a block that are at hand at once
+constexpr int64_t kBand = 384 << 10;  // bytes of all maps of a block that are at hand at once
 constexpr int64_t kLongest = 8;       // launches of a block
 
 // Where the launches end that run depth-first from `first` on.
