@@ -54,7 +54,8 @@ Way = tuple[str, dict[str, Any] | None, str]  # backend, tile, label
 class _State(threading.local):
     forced: str | None = None
     last: str = ""  # what ran the last problem
-    visit: Visit | None = None  # sees every problem before it runs
+    visit: Visit | None = None  # sees problems before they run
+    once = False  # it need not see one again
 
 
 _state = _State()
@@ -102,9 +103,7 @@ def _absence(name: str) -> str | None:
 
 def explain(problem: ConvProblem, family: str = "conv_bn_act") -> list[tuple[str, str | None]]:
     """Every backend in order, with None where it could run `problem`, else the reason why not.
-
-    `choose(family, problem)` says which of them does, with its tile and, as its label, by which rule.
-    """
+    `choose(family, problem)` says which of them does, with its tile and, as its label, by which rule."""
     found = {name: [_refusal(family, name, problem, tile) for _, tile, _ in _order(family, problem, name)]
              for name in NAMES}
     return [(name, None if None in reasons else reasons[0]) for name, reasons in found.items()]
@@ -132,13 +131,13 @@ def forced() -> str | None:
 
 
 @contextlib.contextmanager
-def visited(visit: Visit) -> Iterator[None]:
-    """Calls `visit(family, problem, operands)` before every problem that this thread runs inside."""
-    before, _state.visit = _state.visit, visit
+def visited(visit: Visit, once: bool = False) -> Iterator[None]:
+    """Calls `visit(family, problem, operands)` before problems that this thread runs inside: all, or `once` each."""
+    before, _state.visit, _state.once = (_state.visit, _state.once), visit, once
     try:
         yield
     finally:
-        _state.visit = before
+        _state.visit, _state.once = before
 
 
 def choose(family: str, problem: ConvProblem) -> Choice:
@@ -182,7 +181,7 @@ def run(family: str, problem: Any, operands: Any, finite: bool = False) -> Any:
 
 def regime() -> tuple[Any, ...] | None:
     """What choices depend on besides problems: while it is the same, the same are made. None: somebody watches."""
-    return None if _state.visit is not None else (forced(), _epoch)
+    return None if _state.visit is not None and not _state.once else (forced(), _epoch)
 
 
 def last() -> str:

@@ -162,7 +162,7 @@ def tuning(seconds: float = SECONDS) -> Iterator[None]:
     if torch.is_grad_enabled():
         yield
         return
-    with backends.visited(lambda family, problem, operands: _first_use(family, problem, operands, seconds)):
+    with backends.visited(lambda family, problem, operands: _first_use(family, problem, operands, seconds), once=True):
         yield
 
 

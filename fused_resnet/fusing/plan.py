@@ -124,10 +124,12 @@ class Plan:
         reason = executor.ambient(args, self.module.parameters) or self.guards.changed()
         if reason is not None:
             return reason
-        for launch in self.launches:
-            reason = launch.blocked()
-            if reason is not None:
-                return f"{launch.name}: {reason}"
+        if self.replays.sight is None or not self.replays.sight.same():
+            for launch in self.launches:
+                reason = launch.blocked()
+                if reason is not None:
+                    return f"{launch.name}: {reason}"
+            self.replays.sight = replay.Sight(self.launches)
         for x in args:
             if not x.is_floating_point() or x.is_cpu and not backends.all_finite(x):
                 return "the input is not finite floating point"
@@ -217,7 +219,7 @@ class Plan:
         profiled = torch.autograd._profiler_enabled()
         for step in steps:
             if type(step) is replay.Stretch:
-                if not (finite and step.play(values)):
+                if not (finite and step.play(values, None if self.opaque else self.replays.sight)):
                     finite = self._walk(step.steps, values, tidy, finite)
                 continue
             if answers and step.opaque:

@@ -8,7 +8,9 @@ Where something is different the steps run one by one, as they do under a profil
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
+from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from fused_resnet.nn.memo import TensorGuards
 
 MOST = 16  # kinds of calls that a plan remembers
 LEAST = 2  # launches that are worth a tape
+POOL = itemgetter("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 SHOWN = ("backend", "pooled", "solved")  # what a launch keeps of its last call, for `report`
 
 
@@ -47,12 +50,53 @@ def _look(steps: list) -> tuple[list, list]:
             tensors += (conv._parameters["weight"], conv._parameters["bias"], *own[:4])
             numbers += (conv.stride, conv.padding, conv.dilation, conv.groups, type(step.norm), own[4], own[5])
         else:
-            numbers += (step.target.kernel_size, step.target.stride, step.target.padding)
+            numbers += _pools([step])
     return tensors, numbers
+
+
+def _pools(steps: list) -> list:
+    return [POOL(step.target.__dict__) for step in steps if not isinstance(step, Launch)]
+
+
+def _absent() -> Any:
+    return _absent
 
 
 def _guards(*tensors: torch.Tensor) -> TensorGuards:
     return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+
+
+class Sight:
+    """What launches took from their modules when nothing kept them from being fused: as long as it is the same, nothing
+    does. It keeps no tensor alive.
+    """
+
+    def __init__(self, launches: list[Launch]):
+        self._launches = launches
+        tensors, self._numbers = self._seen()
+        self._refs = [_absent if t is _absent else weakref.ref(t) for t in tensors]
+
+    def same(self) -> bool:
+        """Whether all of it is as it was."""
+        try:
+            tensors, numbers = self._seen()
+        except (AttributeError, KeyError):
+            return False
+        return numbers == self._numbers and all(map(is_, tensors, [ref() for ref in self._refs]))
+
+    def _seen(self) -> tuple[list, list]:
+        """Tensors, or what stands where there is none, which differs from one that is gone; and numbers."""
+        tensors, numbers = _look(self._launches)
+        for step in self._launches:
+            own: Any = step.conv.__dict__
+            numbers += (type(step.conv), own["padding_mode"])
+            if step.prologue is not None:
+                before = executor.vectors(step.prologue[0])
+                tensors += before[:4]
+                numbers += (type(step.prologue[0]), *before[4:])
+            if step.pool and step.stock[-1].kind == "call_module":
+                numbers += (type(step.stock[-1].target), *POOL(step.stock[-1].target.__dict__))
+        return [_absent if t is None else t for t in tensors], numbers
 
 
 class Stretch:
@@ -65,6 +109,7 @@ class Stretch:
         self._given: dict[int, TensorGuards] = {}  # slot -> what its tensor has to be like
         self._made: dict[int, int] = {}  # slot -> place on the tape
         self._look = Look([], [], [])
+        self._sight: Sight | None = None  # under which it was found to be as it was
 
     @property
     def launches(self) -> int:
@@ -126,16 +171,32 @@ class Stretch:
                         step.memo.known) for step in self.steps if isinstance(step, Launch)]
         tensors, self._numbers, self._stamps = self._look
         self._ids = list(map(id, tensors))
+        self._refs = [weakref.ref(t) for t in tensors if t is not None]
+        self._pools = _pools(self.steps)
         # Steps may share modules, guards want distinct tensors.
-        self._distinct = [i for i, t in enumerate(tensors) if t is not None and self._ids.index(id(t)) == i]
-        self._guards = _guards(*(tensors[i] for i in self._distinct))  # type: ignore[arg-type]
+        present = [t for t in tensors if t is not None]
+        ids = list(map(id, present))
+        self._distinct = [i for i, own in enumerate(ids) if ids.index(own) == i]
+        self._guards = _guards(*(present[i] for i in self._distinct))
         del self._given, self._made, self._look
 
-    def play(self, values: list) -> bool:
-        """Runs the steps over the values of a call; False, with nothing done, where something is different."""
-        tensors, numbers = _look(self.steps)
-        if (numbers == self._numbers and list(map(id, tensors)) == self._ids and _stamps(tensors) == self._stamps
-                and self._guards.check(*[tensors[i] for i in self._distinct])):
+    def play(self, values: list, sight: Sight | None) -> bool:
+        """Runs the steps over the values of a call; False, with nothing done, where something is different.
+
+        Args:
+            values: of the plan.
+            sight: what this call has found to be the same; None where steps may have changed it since.
+        """
+        if sight is not None and sight is self._sight and _pools(self.steps) == self._pools:
+            tensors: list = [ref() for ref in self._refs]
+        else:
+            tensors, numbers = _look(self.steps)
+            if numbers != self._numbers or list(map(id, tensors)) != self._ids:
+                self.stale = True
+                return False
+            self._sight = sight
+            tensors = [t for t in tensors if t is not None]
+        if _stamps(tensors) == self._stamps and self._guards.check(*[tensors[i] for i in self._distinct]):
             given = [values[slot] for slot in self._slots]
             packs = self._packs.values()
             if packs is not None and all(like.check(t) for like, t in zip(self._likes, given, strict=True)):
@@ -210,6 +271,7 @@ class Replays:
 
     def __init__(self) -> None:
         self._known: dict[tuple, tuple[list, list]] = {}
+        self.sight: Sight | None = None  # of the plan's launches
 
     def __reduce__(self) -> tuple:
         return Replays, ()

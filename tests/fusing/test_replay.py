@@ -9,7 +9,7 @@ from torch import nn
 
 import fused_resnet as fr
 from fused_resnet import numerics
-from fused_resnet.fusing import plans, replay
+from fused_resnet.fusing import plans, replay, slices
 from tests.fusing.helpers import agree, both, pickled
 from tests.fusing.replays import (
     image,
@@ -50,9 +50,9 @@ def test_a_replay_leaves_the_values_that_the_steps_leave(monkeypatch, played, na
     _, fused = warmed(name)
     plan, play, seen = plans(fused)[""], replay.Stretch.play, []
 
-    def compare(self, values):
+    def compare(self, values, sight):
         twin = [v.clone(memory_format=torch.preserve_format) if isinstance(v, torch.Tensor) else v for v in values]
-        assert play(self, values)
+        assert play(self, values, sight)
         plan._walk(self.steps, twin, False, True)
         seen.append([v is None for v in values])
         assert seen[-1] == [v is None for v in twin]
@@ -285,3 +285,24 @@ def test_copies_of_a_warm_model_know_nothing_of_it(played, clone, changed):
         agree(other, model, image())
         agree(stock, same, image())
     assert pickle.dumps(plans(fused)[""].replays) == pickle.dumps(replay.Replays())
+
+
+def test_tuned_models_replay(played):
+    """Tuning looks at a problem when it first runs; what is recorded is what it chose."""
+    stock = stock_net("bottleneck")
+    fused = fr.fuse(stock, tune=0.02)
+    for _ in range(6):
+        agree(stock, fused, image(1))
+    assert len(played) >= 2
+
+
+def test_what_one_call_plays_whole_is_not_cut_into_slices(monkeypatch, played):
+    monkeypatch.setattr(slices.timing, "cache_bytes", lambda: 300_000)
+    stock = stock_net()
+    fused = fr.fuse(stock)
+    warm(fused, image(4))
+    assert len(played) >= 2 and set(plans(fused)[""].cuts.values()) == {None}
+    monkeypatch.setattr(replay, "covers", lambda *_: False)
+    fused = fr.fuse(stock)
+    warm(fused, image(4))
+    assert None not in plans(fused)[""].cuts.values()
