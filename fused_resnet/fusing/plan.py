@@ -163,10 +163,11 @@ class Plan:
 
     def _run(self, args: tuple, convert: bool, answers: dict[int, list] | None = None, steps: list | None = None
              ) -> Any:
-        inner = args
-        if convert or self.keep:
-            inner = tuple(x if x.dim() != 4 or i in self.given else x.contiguous(memory_format=torch.channels_last)
-                          for i, x in enumerate(args))
+        # What only stems read is left to them, unless it is known that theirs are kernels for channels_last.
+        plain = args[0].is_cpu and all(step.backend and not step.pooled for step in self.launches if step.pool)
+        inner = tuple(x.contiguous(memory_format=torch.channels_last)
+                      if x.dim() == 4 and (plain if i in self.given else convert or self.keep) else x
+                      for i, x in enumerate(args))
         values = [*(inner if self.keep else args), *inner, *[None] * (self.size - 2 * len(args))]
         tidy = convert and not self.keep
         steps = self.chosen(args) if steps is None else steps
