@@ -21,7 +21,8 @@ CATEGORIES = ("conv", "norm", "activation", "add", "pool", "linear", "other")
 EPILOGUES = ("norm", "activation", "add")  # what a fused row must not launch on its own
 
 # What our own operators are, if not convolutions; `_image` only finds memory.
-OWN = {"fused_resnet::_max_pool": "pool", "fused_resnet::_quantize": "other", "fused_resnet::_image": None}
+OWN = {"fused_resnet::_max_pool": "pool", "fused_resnet::_mean_pool": "pool", "fused_resnet::_quantize": "other",
+       "fused_resnet::_is_finite": "other", "fused_resnet::_image": None}
 
 _NAMES = {
     "conv": r"conv(olution|_transpose|_tbc|_depthwise)?([123]d|_\w+)?$|(mkldnn|cudnn|miopen|thnn|slow)_conv\w*|"
