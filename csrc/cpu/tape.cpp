@@ -4,6 +4,7 @@
 // through all of them, and within a block (up to the sum with its residual) some rows at a time, so that what one
 // launch makes is still in the second cache when the next reads it. What nobody else reads is never stored whole.
 #include <algorithm>
+#include <mutex>
 
 #include "cpu/launches.h"
 #include "cpu/parts.h"
@@ -166,14 +167,14 @@ int64_t Tape::deep_end(int64_t first) const {
 // One thread's way through the launches [first, end).
 class Descent {
  public:
-  Descent(Tape& tape, int64_t first, int64_t end) : tape_(tape), first_(first), end_(end), base_(tape.values_.size()) {
+  Descent(Tape& tape, int64_t first, int64_t end) : tape_(tape), first_(first), end_(end) {
     for (int64_t i = first; i < end; i = block_end(i)) blocks_.push_back({i, block_end(i), band_of(i, block_end(i))});
     place();
   }
 
   int64_t bytes() const { return bytes_; }
 
-  // `room` is the thread's memory of bytes().
+  // `room` is memory of bytes().
   void run(int64_t image, char* room) const {
     std::vector<int32_t> done(end_ - first_, 0);
     for (const Block& block : blocks_) {
@@ -281,6 +282,33 @@ class Descent {
   std::vector<Block> blocks_;
 };
 
+// A room for each thread that computes at once. They come from the store and go back to it: with large images they take
+// as much as a batch of maps.
+class Rooms {
+ public:
+  Rooms(int64_t count, int64_t bytes, const Tensor& like)
+      : all_(make_image({{count, std::max<int64_t>(bytes, 64), 1, 1}, ScalarType::Byte}, like)) {
+    for (int64_t i = 0; i < count; ++i) free_.push_back(static_cast<char*>(all_.mutable_data_ptr()) + i * all_.size(1));
+  }
+
+  char* take() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    char* room = free_.back();
+    free_.pop_back();
+    return room;
+  }
+
+  void give(char* room) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back(room);
+  }
+
+ private:
+  Tensor all_;
+  std::vector<char*> free_;
+  std::mutex mutex_;
+};
+
 void Tape::play_deep(int64_t first, int64_t end) {
   const Descent descent(*this, first, end);
   for (int64_t i = first; i < end; ++i) {
@@ -290,9 +318,11 @@ void Tape::play_deep(int64_t first, int64_t end) {
     }
   }
   const int64_t images = steps_[first].launch.y.size[0];
+  Rooms rooms(std::min<int64_t>(images, torch::stable::get_num_threads()), descent.bytes(), like_);
   run_parts(Grid{images, 1, images, 1}, [&](const Part& part) {
-    auto* room = static_cast<char*>(scratch(descent.bytes()));
+    char* room = rooms.take();
     for (int64_t n = part.first_row; n < part.last_row; ++n) descent.run(n, room);
+    rooms.give(room);
   });
 }
 
