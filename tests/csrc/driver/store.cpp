@@ -1,6 +1,8 @@
 // The memory that serves again: several threads take and give blocks of sizes around the store's limits.
 #include <unistd.h>
 
+#include <algorithm>
+
 #include "calls.h"
 #include "cpu/memory.h"
 
@@ -58,6 +60,16 @@ void exchange(int first) {
   }
 }
 
+// Neighbours at every place that a block may start at, which fill their pages but for what a block has besides.
+void check_neighbours() {
+  std::vector<Tensor> held;
+  for (int i = 0; i < 48; ++i) {
+    held.push_back(block((512 << 10) - kInFront + 192 * (i % 16)));
+    sign(held.back(), static_cast<uint8_t>(i));
+  }
+  for (int i = 0; i < 48; ++i) check_signed(held[static_cast<size_t>(i)], static_cast<uint8_t>(i));
+}
+
 uintptr_t page_of(int64_t bytes) {
   return reinterpret_cast<uintptr_t>(block(bytes).const_data_ptr()) >> 16;
 }
@@ -71,6 +83,34 @@ int64_t mapped() {
   return pages * sysconf(_SC_PAGESIZE) / kMega;
 }
 
+// The youngest blocks lie idle, 256 megabytes at most.
+void check_idle() {
+  const int64_t before = mapped();
+  std::vector<uintptr_t> pages;
+  const auto take = [&](size_t count) {
+    std::vector<Tensor> held;
+    pages.clear();
+    for (size_t i = 0; i < count; ++i) {
+      held.push_back(block(60 * kMega));  // nobody touches them
+      pages.push_back(reinterpret_cast<uintptr_t>(held.back().const_data_ptr()) >> 16);
+    }
+    for (Tensor& t : held) t = Tensor();  // the last is the youngest
+  };
+  take(6);
+  const std::vector<uintptr_t> all = pages;
+  const int64_t kept = mapped() - before;
+  if (kept > 256) fail("%d megabytes lie idle", static_cast<int>(kept));
+  take(4);
+  for (uintptr_t page : pages) {
+    if (std::find(all.begin() + 2, all.end(), page) == all.end()) fail("the youngest blocks do not serve first");
+  }
+  for (int i = 0; i < 5; ++i) page_of(60 * kMega);
+  page_of(300 * kMega);
+  const int64_t changed = mapped() - before - kept;
+  if (changed > 1 || changed < -1)
+    fail("of what may lie idle, %d megabytes have come or gone", static_cast<int>(changed));
+}
+
 }  // namespace
 
 void check_store() {
@@ -78,23 +118,16 @@ void check_store() {
     if (bytes < kLarge) continue;
     const uintptr_t page = page_of(bytes);
     if (page_of(bytes) != page) fail("a block of %d bytes does not serve again", static_cast<int>(bytes));
-    const auto small = page_of(bytes / 3);
-    if (small == page) fail("a block of %d bytes serves what is much smaller", static_cast<int>(bytes));
     if (reinterpret_cast<uintptr_t>(block(bytes).const_data_ptr()) % 64 != 0) fail("a block starts within a line");
   }
+  const uintptr_t large = page_of(40 * kMega);  // there is none but this
+  if (page_of(20 * kMega) == large) fail("a block serves what is much smaller");
+  if (page_of(34 * kMega) != large) fail("a block does not serve what is little smaller");
   std::vector<std::thread> threads;
   for (int i = 0; i < 3; ++i) threads.emplace_back(exchange, i);
   for (std::thread& thread : threads) thread.join();
-  const int64_t before = mapped();
-  {
-    std::vector<Tensor> held;
-    for (int i = 0; i < 6; ++i) held.push_back(block(60 * kMega));  // nobody touches them
-  }
-  const int64_t kept = mapped() - before;
-  if (kept > 256) fail("%d megabytes lie idle", static_cast<int>(kept));
-  page_of(300 * kMega);
-  if (mapped() - before > kept) fail("a block lies idle that is larger than all that may");
-  if (page_of(60 * kMega) != page_of(60 * kMega)) fail("the youngest block was dropped");
+  check_neighbours();
+  check_idle();
 }
 
 }  // namespace fused_resnet

@@ -1,0 +1,190 @@
+"""Tapes, 8-bit values, pools and the store of blocks without torch, by tests/csrc/driver: sanitizers and faults."""
+
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.csrc import conftest as made
+from tests.gate.test_convs_gate import CXX, DRIVER, HEADERS
+
+setup_script = made.setup_script
+SOURCES = ("tape", "conv_packed", "conv_int8", "memory")
+CONVS = ("convs", "grouped")  # whose own arithmetic test_convs_gate looks at
+SANITIZERS = {"address,undefined": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+              "thread": ("-fsanitize=thread",)}
+LIMIT = 120  # seconds of a run: a fault may make an endless one
+
+
+def build(setup_script, folder, flags=(), *, csrc=made.CSRC, isas=("baseline",), convs_flags=None, sound=()):
+    """Builds the program in `folder` and returns it.
+
+    Args:
+        convs_flags: in place of `flags` for the instruction sets' convolutions of floating-point values.
+        sound: object files of another build, which are taken as they are.
+    """
+    if CXX is None:
+        pytest.skip("there is no C++ compiler")
+    for name in HEADERS:
+        (folder / "torch" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "torch" / name).write_text('#include "stub.h"\n')
+    loops = [flag for flag in setup_script.LOOPS.split() if "$" not in flag and not flag.startswith("-I")]
+    has = ["-std=c++20", *(f"-DFR_HAS_{isa.upper()}" for isa in isas if isa != "baseline"), *flags]
+    units = {}
+    for name in (*CONVS, "int8"):  # the longest first
+        own = flags if convs_flags is None or name not in CONVS else convs_flags
+        for isa in isas:
+            march = setup_script.ISAS[isa].split() if isa != "baseline" else ()
+            units[f"{name}.{isa}.o"] = [csrc / f"cpu/isa/{name}.cpp", *loops, f"-DFR_ISA={isa}", *march, *own]
+    units |= {f"{name}.o": [csrc / f"cpu/{name}.cpp", *has] for name in SOURCES}
+    units |= {f"{name}.o": [DRIVER / f"{name}.cpp", *has] for name in ("tapes", "bytes", "store")}
+    for path in sound:
+        del units[path.name]
+
+    def run(*command):
+        done = subprocess.run([CXX, *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    def compiled(name):
+        run(*units[name], "-O1", *(f"-I{path}" for path in (csrc, DRIVER, folder)), "-MMD", "-c", "-o", folder / name)
+        return folder / name
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = [*sound, *pool.map(compiled, units)]
+    run(*flags, *objects, "-pthread", "-o", folder / "tapes")
+    return folder / "tapes"
+
+
+def complaint(program):
+    """What the program says is wrong, or None."""
+    try:
+        done = subprocess.run([program], capture_output=True, text=True, errors="replace", timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return "it does not end"
+    sound = done.returncode == 0 and done.stdout == "done\n"
+    return None if sound else done.stderr[-3000:] or f"exit {done.returncode}"
+
+
+@pytest.mark.parametrize("kind", SANITIZERS)
+def test_sanitizers_find_nothing(setup_script, tmp_path, kind):
+    """Every tensor is an allocation of exactly its size; every instruction set that there is."""
+    flags = ["-g1", *SANITIZERS[kind]]
+    # Checks in functions, for the compiler's time; in the convolutions of memory alone, for the same reason.
+    outlined = ["--param", "asan-instrumentation-with-call-threshold=0"] if "address" in kind else []
+    convs_flags = ["-g1", "-fsanitize=address", *outlined] if "address" in kind else None
+    program = build(setup_script, tmp_path, [*flags, *outlined], isas=tuple(setup_script.ISAS), convs_flags=convs_flags)
+    assert complaint(program) is None
+
+
+TAPE, PACKED, INT8, GEMM8, PATCHES, POOL, MEMORY = (f"cpu/{name}" for name in (
+    "tape.cpp", "conv_packed.cpp", "conv_int8.cpp", "gemm8.h", "isa/int8.cpp", "pool.h", "memory.cpp"))
+# name -> file, what stands there, what the fault makes of it
+FAULTS = {
+    "a band reads a row too few": (
+        TAPE, "(int64_t{s.R} - 1) * s.dilation_h + 1;", "(int64_t{s.R} - 1) * s.dilation_h;"),
+    "a band forgets the stride": (TAPE, "(int64_t{upto} - 1) * s.stride_h", "(int64_t{upto} - 1)"),
+    "a band forgets the dilation": (TAPE, "- 1) * s.dilation_h + 1", "- 1) + 1"),
+    "readers of the residual's memory do not come first": (TAPE, "if (step.reuse) {", "if (false) {"),
+    "they come as if without padding": (TAPE, "upto + int64_t{r.pad_h}", "upto + 0 * int64_t{r.pad_h}"),
+    "they come as if without strides": (TAPE, "r.pad_h}, r.stride_h)", "r.pad_h}, 2 * r.stride_h)"),
+    "memory is free before its block ends": (TAPE, "last_of_block(home.last)});", "home.last});"),
+    "memory is free while its last reader runs": (TAPE, "return t.until < i;", "return t.until <= i;"),
+    "rows come one by one": (TAPE, "padded(upto, step.launch.step)", "padded(upto, 1)"),
+    "every image is the first": (TAPE, "image * tape_.values_[home]", "0 * image * tape_.values_[home]"),
+    "the residual's rows do not come first": (TAPE, "if (step.residual >= 0) need(step.residual, upto);", ""),
+    "x's rows do not come first": (TAPE, "need(step.x, std::clamp<int64_t>(last, 0, s.H));", ""),
+    "results lie beside their residuals": (TAPE, "e.reuse ? values_[e.residual].home : given_ + i", "given_ + i"),
+    "the home is the residual itself": (TAPE, "e.reuse ? values_[e.residual].home", "e.reuse ? e.residual"),
+    "a home lives no longer than its first value": (
+        TAPE, "home.last = std::max(home.last, values_[i].last);", "(void)home;"),
+    "memory goes back before its last reader": (TAPE, "home].last <= i)", "home].last <= i + 1)"),
+    "what the caller reads is forgotten": (TAPE, "values_[value].last = count;", ""),
+    "a thread's memory is that of the last value": (
+        TAPE, "bytes_ = std::max(bytes_, from + size);", "bytes_ = from + size;"),
+    "values overlap": (TAPE, "if (t.from - from >= size) break;", "if (t.from >= from) break;"),
+    "results that are read later stay with the thread": (
+        TAPE, "home.last >= end_) continue;", "home.last > end_) continue;"),
+    "the last rows of a block are left out": (
+        TAPE, "for (int64_t i = block.end; i-- > block.first;)", "for (int64_t i = block.end - 1; i-- > block.first;)"),
+    "only a block's result is completed": (
+        TAPE, "for (int64_t i = block.end; i-- > block.first;)", "for (int64_t i = block.end; i-- > block.end - 1;)"),
+    "makers of earlier blocks are asked again": (TAPE, "maker >= block.first && maker < i", "maker >= 0 && maker < i"),
+    "tiles of rows start at the top": (
+        PACKED, "int64_t tile = across * (first / m)", "int64_t tile = 0 * across * (first / m)"),
+    "tiles of the last rows are left out": (PACKED, "across * ceil_div(last, m)", "across * (last / m)"),
+    "rows of groups start at the top": (
+        PACKED, "part.last_row + first, part.first_panel", "part.last_row + 0 * first, part.first_panel"),
+    "rows of 8 bits start at the top": (INT8, "for (int64_t row = int64_t{first} * s.Q;", "for (int64_t row = 0;"),
+    "rows are quantised from the top": (
+        INT8, "some(from, to, row * first, row * last)", "some(from, to, 0, row * (last - first))"),
+    "the last row of a pool is left out": (
+        INT8, "int32_t p = first; p < last; ++p", "int32_t p = first; p < last - (last > 3); ++p"),
+    "the filter's sum is forgotten": (INT8, "static_cast<int32_t>(-x_zero * sum)", "0"),
+    "the last panel is packed as a whole one": (INT8, "std::min(rows - panel, 2 * lanes)", "2 * lanes"),
+    "the residual's zero is that of y": (
+        INT8, "static_cast<int32_t>(numbers.residual_zero)", "static_cast<int32_t>(numbers.y_zero)"),
+    "borders hold zero": (PATCHES, "memset(to, c.x_zero,", "memset(to, 0,"),
+    "strips' borders hold zero": (PATCHES, "static_cast<uint8_t>(c.x_zero), c.weights", "uint8_t{}, c.weights"),
+    "patches are read beyond the batch": (PATCHES, " && from + 4 * depth.words <= end", ""),
+    "columns left of the image are read": (PATCHES, "w < 0 ? -w : 0", "0"),
+    "columns right of the image are read": (PATCHES, "w + columns > s.W ? s.W - w : columns;", "columns;"),
+    "a chunk ends late": (PATCHES, "room = kChunk - place % kChunk", "room = kChunk"),
+    "patches have too little room": (
+        PATCHES, "return 4 * (part.last_row - part.first_row) * chunks * kChunk",
+        "return 4 * (part.last_row - part.first_row) * chunks"),
+    "part of a panel is taken for a whole": (PATCHES, "left < width ? left : width}", "width}"),
+    "NaN is no low number": (PATCHES, "z = z > low ? z : low;", "z = z < low ? low : z;"),
+    "whole panels forget the residual": (
+        GEMM8, "finish(sum[i][j], scale, shift, residual == nullptr ? nullptr : residual + to, y + to)",
+        "finish(sum[i][j], scale, shift, nullptr, y + to)"),
+    "other panels forget the residual": (
+        GEMM8, "finish(sum, scale, shift, from, y + to);", "finish(sum, scale, shift, nullptr, y + to);"),
+    "residuals have no zero": (GEMM8, "widened(from) - zero", "widened(from)"),
+    "bytes end below their most": (GEMM8, "most = 255 - c.y_zero", "most = 254 - c.y_zero"),
+    "the least is zero": (GEMM8, "least = -c.y_zero", "least = 0"),
+    "a fourth value is lost": (GEMM8, "a >> 8 & 0x00ff00ffu", "a >> 8 & 0x000000ffu"),
+    "a whole panel is stored, however wide": (GEMM8, " && end.columns == kWidth)", ")"),
+    "a window ends below the image": (POOL, "h1 = top + s.R < s.H ? top + s.R : s.H", "h1 = top + s.R"),
+    "NaN loses": (POOL, "b > a || b != b ? b : a", "b > a ? b : a"),
+    "NaN loses one by one": (POOL, "|| wide != wide", ""),
+    "the mean has lost a pixel": (
+        POOL, "for (int64_t i = 0; i < count; ++i) sum += load", "for (int64_t i = 1; i < count; ++i) sum += load"),
+    "a block has no room for its place": (
+        MEMORY, "bytes + sizeof(Block) + kColour * kColours", "bytes + sizeof(Block)"),
+    "a smaller block serves": (MEMORY, "own >= size && own", "own"),
+    "any block serves": (MEMORY, " && own <= size + size / 4", ""),
+    "nothing is dropped": (MEMORY, "while (idle_ > kKept)", "while (false)"),
+    "a block of any size lies idle": (MEMORY, "|| block->bytes > kKept", ""),
+    "what serves again still lies idle": (MEMORY, "idle_ -= block->bytes;", ""),
+}
+
+
+@pytest.fixture(scope="module")
+def verdicts(setup_script, tmp_path_factory):
+    """Fault -> what the program says of it, "" -> of the sound sources; two builds at a time, of what a fault is in."""
+    flags = ["-w"]  # a fault may leave a name idle
+    folder = tmp_path_factory.mktemp("sound")
+    said = {"": complaint(build(setup_script, folder, flags))}
+
+    def judge(fault):
+        file, before, after = FAULTS[fault]
+        own = tmp_path_factory.mktemp("fault", numbered=True)
+        shutil.copytree(made.CSRC, own / "csrc")
+        text = (own / "csrc" / file).read_text()
+        assert text.count(before) == 1, f"{before!r} stands {text.count(before)} times in {file}"
+        (own / "csrc" / file).write_text(text.replace(before, after))
+        sound = [path for path in folder.glob("*.o") if str(made.CSRC / file) not in path.with_suffix(".d").read_text()]
+        return complaint(build(setup_script, own, flags, csrc=own / "csrc", sound=sound))
+
+    with ThreadPoolExecutor(2) as pool:
+        return said | dict(zip(FAULTS, pool.map(judge, FAULTS), strict=True))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_noticed(fault, verdicts):
+    assert verdicts[fault] is not None
+
+
+def test_without_a_fault_nothing_is_noticed(verdicts):
+    assert verdicts[""] is None
