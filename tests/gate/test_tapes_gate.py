@@ -11,17 +11,23 @@ from tests.gate.test_convs_gate import CXX, DRIVER, HEADERS
 
 setup_script = made.setup_script
 SOURCES = ("tape", "conv_packed", "conv_int8", "memory")
-CONVS = ("convs", "grouped")  # whose own arithmetic test_convs_gate looks at
-SANITIZERS = {"address,undefined": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-              "thread": ("-fsanitize=thread",)}
-LIMIT = 120  # seconds of a run: a fault may make an endless one
+DRIVERS = ("tapes", "bytes", "store")
+ADDRESS = ("-g1", "-fsanitize=address", "--param", "asan-instrumentation-with-call-threshold=0")
+# Kind -> flags, and what takes others, for the compiler's time: test_convs_gate looks at the arithmetic of `convs` and
+# `grouped`. Without "address" pages that nobody may touch stand behind every tensor.
+SANITIZERS = {
+    "address,undefined": ([*ADDRESS, "-fsanitize=undefined", "-fno-sanitize-recover=all"],
+                          {"convs": ADDRESS, "grouped": ()} | dict.fromkeys(DRIVERS, ADDRESS)),
+    "thread": (["-g1", "-fsanitize=thread"], {}),
+}
+LIMIT = 600  # seconds of a run: a fault may make an endless one
 
 
-def build(setup_script, folder, flags=(), *, csrc=made.CSRC, isas=("baseline",), convs_flags=None, sound=()):
+def build(setup_script, folder, flags=(), *, csrc=made.CSRC, isas=("baseline",), special=None, sound=()):
     """Builds the program in `folder` and returns it.
 
     Args:
-        convs_flags: in place of `flags` for the instruction sets' convolutions of floating-point values.
+        special: name of a source -> what takes the place of `flags` there.
         sound: object files of another build, which are taken as they are.
     """
     if CXX is None:
@@ -30,15 +36,13 @@ def build(setup_script, folder, flags=(), *, csrc=made.CSRC, isas=("baseline",),
         (folder / "torch" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "torch" / name).write_text('#include "stub.h"\n')
     loops = [flag for flag in setup_script.LOOPS.split() if "$" not in flag and not flag.startswith("-I")]
-    has = ["-std=c++20", *(f"-DFR_HAS_{isa.upper()}" for isa in isas if isa != "baseline"), *flags]
-    units = {}
-    for name in (*CONVS, "int8"):  # the longest first
-        own = flags if convs_flags is None or name not in CONVS else convs_flags
-        for isa in isas:
-            march = setup_script.ISAS[isa].split() if isa != "baseline" else ()
-            units[f"{name}.{isa}.o"] = [csrc / f"cpu/isa/{name}.cpp", *loops, f"-DFR_ISA={isa}", *march, *own]
-    units |= {f"{name}.o": [csrc / f"cpu/{name}.cpp", *has] for name in SOURCES}
-    units |= {f"{name}.o": [DRIVER / f"{name}.cpp", *has] for name in ("tapes", "bytes", "store")}
+    own = lambda name: (special or {}).get(name, flags)
+    has = ["-std=c++20", *(f"-DFR_HAS_{isa.upper()}" for isa in isas if isa != "baseline")]
+    march = lambda isa: setup_script.ISAS[isa].split() if isa != "baseline" else ()
+    units = {f"{name}.{isa}.o": [csrc / f"cpu/isa/{name}.cpp", *loops, f"-DFR_ISA={isa}", *march(isa), *own(name)]
+             for name in ("grouped", "convs", "int8") for isa in isas}
+    units |= {f"{name}.o": [csrc / f"cpu/{name}.cpp", *has, *own(name)] for name in SOURCES}
+    units |= {f"{name}.o": [DRIVER / f"{name}.cpp", *has, *own(name)] for name in DRIVERS}
     for path in sound:
         del units[path.name]
 
@@ -69,11 +73,8 @@ def complaint(program):
 @pytest.mark.parametrize("kind", SANITIZERS)
 def test_sanitizers_find_nothing(setup_script, tmp_path, kind):
     """Every tensor is an allocation of exactly its size; every instruction set that there is."""
-    flags = ["-g1", *SANITIZERS[kind]]
-    # Checks in functions, for the compiler's time; in the convolutions of memory alone, for the same reason.
-    outlined = ["--param", "asan-instrumentation-with-call-threshold=0"] if "address" in kind else []
-    convs_flags = ["-g1", "-fsanitize=address", *outlined] if "address" in kind else None
-    program = build(setup_script, tmp_path, [*flags, *outlined], isas=tuple(setup_script.ISAS), convs_flags=convs_flags)
+    flags, special = SANITIZERS[kind]
+    program = build(setup_script, tmp_path, flags, isas=tuple(setup_script.ISAS), special=special)
     assert complaint(program) is None
 
 
