@@ -1,7 +1,7 @@
 // Launches that were recorded on a tape, played in one call: between two of them no interpreter runs.
 //
-// Where a batch has an image or more for every thread, launches on large maps run depth-first: a thread takes an image
-// through all of them, and within a block (up to the sum with its residual) some rows at a time, so that what one
+// Where a batch has two images or more for every thread, launches on large maps run depth-first: a thread takes an
+// image through all of them, and within a block (up to the sum with its residual) some rows at a time, so that what one
 // launch makes is still in the second cache when the next reads it. What nobody else reads is never stored whole.
 #include <algorithm>
 #include <mutex>
@@ -155,7 +155,8 @@ constexpr int64_t kLongest = 8;       // launches of a block
 // Where the launches end that run depth-first from `first` on.
 int64_t Tape::deep_end(int64_t first) const {
   const int64_t threads = torch::stable::get_num_threads(), images = steps_[first].launch.y.size[0];
-  if (images < threads || (images % threads != 0 && images < 4 * threads)) return first;
+  // Two images for each at least: one may be left to a thread that is faster.
+  if (threads > 1 && (images < 2 * threads || (images % threads != 0 && images < 4 * threads))) return first;
   auto end = first;
   for (; end < static_cast<int64_t>(steps_.size()); ++end) {
     const Launch& launch = steps_[end].launch;
