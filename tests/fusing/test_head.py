@@ -100,6 +100,18 @@ def test_changes_of_the_classifier_are_seen_at_the_next_call():
         agree(stock, fused, x)
 
 
+def test_a_square_weight_that_is_transposed_where_it_lies(calls):
+    """Neither its shape nor its address tells."""
+    stock, fused = nets(classes=37)
+    x = torch.randn(2, 3, 6, 6)
+    agree(stock, fused, x)
+    for model in (stock, fused):
+        model.fc.weight.data = model.fc.weight.data.t()
+    del calls[:]
+    agree(stock, fused, x)
+    assert calls, "the classifier ran as PyTorch has it"
+
+
 def test_copies_and_pickles_have_heads_of_their_own():
     stock, fused = nets()
     x = torch.randn(2, 3, 6, 6)
