@@ -9,6 +9,7 @@ from tests.gate.workers import compile_all
 HERE = Path(__file__).parent
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
     """All that is here is a gate, and stays with its file, of which one worker compiles what all tests need."""
     for item in items:
