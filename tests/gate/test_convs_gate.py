@@ -3,53 +3,22 @@
 import platform
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from fused_resnet import numerics
 from tests.csrc import conftest as made
+from tests.gate import drivers
+from tests.gate.drivers import CXX
 
 setup_script = made.setup_script
-DRIVER = made.ROOT / "tests/csrc/driver"
-HEADERS = ("csrc/inductor/aoti_torch/c/shim.h", "csrc/stable/library.h", "csrc/stable/ops.h", "csrc/stable/tensor.h",
-           "headeronly/core/ScalarType.h", "headeronly/util/Exception.h")  # of torch, in place of which stub.h stands
-CXX = shutil.which("c++")
 
 
-def compile_driver(setup_script, folder, flags=(), *, csrc=made.CSRC, isas=("baseline",), compiler=CXX, sound=()):
-    """Builds the driver and the convolutions of csrc/cpu/isa in `folder`; returns the program.
-
-    Args:
-        sound: object files of another build, which are taken as they are.
-    """
-    if compiler is None:
-        pytest.skip("there is no C++ compiler")
-    for name in HEADERS:
-        (folder / "torch" / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "torch" / name).write_text('#include "stub.h"\n')
-    loops = [flag for flag in setup_script.LOOPS.split() if "$" not in flag and not flag.startswith("-I")]
-    has = [f"-DFR_HAS_{isa.upper()}" for isa in isas if isa != "baseline"]
-    units = {"driver.o": [DRIVER / "driver.cpp", "-std=c++20", *has]} | {
-        f"{name}.{isa}.o": [csrc / f"cpu/isa/{name}.cpp", *loops, "-Werror", f"-DFR_ISA={isa}",
-                            *(setup_script.ISAS[isa].split() if isa != "baseline" else ())]
-        for isa in isas for name in ("grouped", "convs")}
-    for path in sound:
-        del units[path.name]
-
-    def run(*command):
-        done = subprocess.run([compiler, *command], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-
-    def compiled(name):
-        run(*units[name], "-O1", *flags, *(f"-I{path}" for path in (csrc, DRIVER, folder)), "-MMD", "-c", "-o",
-            folder / name)
-        return folder / name
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = [*sound, *pool.map(compiled, units)]
-    run(*flags, *objects, "-pthread", "-o", folder / "driver")
-    return folder / "driver"
+def build(setup_script, folder, flags=(), *, csrc=made.CSRC, isas=("baseline",), compiler=CXX, sound=()):
+    """Builds the driver and the convolutions of csrc/cpu/isa in `folder`; returns the program."""
+    others = [csrc / "cpu/memory.cpp", drivers.DRIVER / "driver.cpp"]
+    units = drivers.units(setup_script, ("grouped", "convs"), others, flags, csrc=csrc, isas=isas)
+    return drivers.build(folder, units, flags, csrc=csrc, compiler=compiler, sound=sound)
 
 
 def complaint(program, *runner):
@@ -68,7 +37,7 @@ def complaint(program, *runner):
 def test_sanitizers_find_nothing(setup_script, tmp_path, sanitizers):
     """Every tensor, pack and scratch is an allocation of exactly its size; every instruction set that there is."""
     flags = ["-g1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-    program = compile_driver(setup_script, tmp_path, flags, isas=tuple(setup_script.ISAS))
+    program = build(setup_script, tmp_path, flags, isas=tuple(setup_script.ISAS))
     assert complaint(program) is None
 
 
@@ -79,7 +48,7 @@ def test_arm_computes_the_same(setup_script, tmp_path):
     loops = [flag for flag in setup_script.LOOPS.split() if "$" not in flag]
     subprocess.run([compiler, *loops, "-Werror", "-DFR_ISA=baseline", "-c", made.CSRC / "cpu/isa/loops.cpp", "-o",
                     tmp_path / "loops.o"], check=True)
-    program = compile_driver(setup_script, tmp_path, ["-O3", *([] if native else ["-static"])], compiler=compiler)
+    program = build(setup_script, tmp_path, ["-O3", *([] if native else ["-static"])], compiler=compiler)
     runner = [] if native else [shutil.which("qemu-aarch64") or pytest.skip("there is no emulator of ARM")]
     assert complaint(program, *runner) is None
 
@@ -126,23 +95,9 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def verdicts(setup_script, tmp_path_factory):
-    """Fault -> what the driver says of it, "" -> of the sound sources; two builds at a time, of what a fault is in."""
-    flags = ["-w"]  # a fault may leave a name idle
-    folder = tmp_path_factory.mktemp("sound")
-    said = {"": complaint(compile_driver(setup_script, folder, flags))}
-
-    def judge(fault):
-        file, before, after = FAULTS[fault]
-        own = tmp_path_factory.mktemp("fault", numbered=True)
-        shutil.copytree(made.CSRC, own / "csrc")
-        text = (own / "csrc" / file).read_text()
-        assert text.count(before) == 1, f"{before!r} stands {text.count(before)} times in {file}"
-        (own / "csrc" / file).write_text(text.replace(before, after))
-        sound = [path for path in folder.glob("*.o") if str(made.CSRC / file) not in path.with_suffix(".d").read_text()]
-        return complaint(compile_driver(setup_script, own, flags, csrc=own / "csrc", sound=sound))
-
-    with ThreadPoolExecutor(2) as pool:
-        return said | dict(zip(FAULTS, pool.map(judge, FAULTS), strict=True))
+    """What drivers.judged says; a fault may leave a name idle, hence no warnings."""
+    make = lambda folder, csrc, sound: build(setup_script, folder, ["-w"], csrc=csrc, sound=sound)
+    return drivers.judged(make, complaint, FAULTS, tmp_path_factory)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

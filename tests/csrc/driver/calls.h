@@ -1,4 +1,4 @@
-// What the drivers of tapes and of 8-bit values share: operators by their names, numbers, the instruction sets.
+// What the drivers of tapes and of 8-bit values share: tensors of small integers and the operators' types.
 #pragma once
 
 #include <cstdio>
@@ -6,16 +6,9 @@
 
 #include "cpu/int8.h"
 #include "cpu/pick.h"
+#include "numbers.h"
 
 namespace fused_resnet {
-
-inline uint32_t state = 1;
-
-// An integer in [low, high].
-inline int number(int low, int high) {
-  state = state * 1664525u + 1013904223u;
-  return low + static_cast<int>((state >> 16) % static_cast<uint32_t>(high - low + 1));
-}
 
 template <class T>
 Tensor filled(const Sizes& sizes, ScalarType type, bool channels_last, int low, int high, float unit = 1,

@@ -5,6 +5,7 @@
 #include <cstdio>
 
 #include "cpu/conv_packed.cpp"
+#include "numbers.h"
 
 using namespace fused_resnet;
 
@@ -39,20 +40,12 @@ constexpr Case kWinograd[] = {
     {1, 4, 5, 272, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1}, {1, 23, 19, 16, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1},
 };
 
-uint32_t state = 1;
-
-// An integer in [low, high].
-float number(int low, int high) {
-  state = state * 1664525u + 1013904223u;
-  return static_cast<float>(low + static_cast<int>((state >> 16) % static_cast<uint32_t>(high - low + 1)));
-}
-
 template <class T>
 constexpr ScalarType kType = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::BFloat16;
 
 template <class T>
 void fill(const Tensor& t, int low, int high) {
-  for (int64_t i = 0; i < t.numel(); ++i) round_to(data_out<T>(t)[i], number(low, high));
+  for (int64_t i = 0; i < t.numel(); ++i) round_to(data_out<T>(t)[i], static_cast<float>(number(low, high)));
 }
 
 Tensor vector_of(int32_t size, int low, int high) {
