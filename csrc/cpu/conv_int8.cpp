@@ -77,7 +77,7 @@ Tensor conv_int8_pack(const Tensor& weight, const Tensor& scale, const Tensor& s
   const int64_t depth = depth_of(seg), elements = weight.numel(), set = isa_of(isa), lanes = int8s()[set].lanes;
   STD_TORCH_CHECK(depth <= 16000, "a sum of ", 4 * depth, " products does not fit into 32 bits");
   const int64_t rows = padded(s.K, lanes), bytes = bytes_of(rows, depth);
-  const Tensor pack = make({bytes}, ScalarType::Byte, weight);
+  const Tensor pack = make_pack(bytes, weight);
   auto* to = data_out<uint8_t>(pack);
   memset(to, 0, static_cast<size_t>(bytes));
   const Int8Header header{set, s.K, s.C, s.R, s.S, s.dilation_w, x_zero, depth};

@@ -167,7 +167,7 @@ Tensor conv_pack(const Tensor& given, const Maybe& bias, const Maybe& gamma, con
     if constexpr (std::is_same_v<T, float> || std::is_same_v<T, bf16>) {
       const int64_t set = isa_of<T>(isa), lanes = convs<T>()[set].lanes, vector = padded(s.K, 16);
       const int64_t bytes = kHeader + 8 * vector + 4 * weight_words<T>(s, method, lanes);
-      pack = make({bytes}, ScalarType::Byte, weight);
+      pack = make_pack(bytes, weight);
       auto* start = data_out<uint8_t>(pack);
       memset(start, 0, static_cast<size_t>(bytes));
       const Header header = header_of<T>(s, method, set);
@@ -234,7 +234,8 @@ void all_winograd(const ConvRun<T>& c, const Convs<T>& own, int m, const Tensor&
     });
     return;
   }
-  Tensor shared = make({(m + 2) * (m + 2) * winograd_chunks(s) * kChunk * tiles + 16}, ScalarType::Float, pack);
+  const int64_t floats = (m + 2) * (m + 2) * winograd_chunks(s) * kChunk * tiles + 16;
+  Tensor shared = make_image({{1, floats, 1, 1}, ScalarType::Float}, pack);
   auto* v = reinterpret_cast<float*>(padded(reinterpret_cast<int64_t>(data_out<float>(shared)), 64));
   torch::stable::parallel_for(0, tiles, 1,
                               [&](int64_t first, int64_t last) { own.winograd_input(c, m, first, last, v); });

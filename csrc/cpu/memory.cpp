@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <mutex>
+#include <new>
 
 namespace fused_resnet {
 namespace {
@@ -11,6 +12,21 @@ namespace {
 constexpr size_t kKept = size_t{256} << 20;  // bytes that may lie idle
 constexpr size_t kUnit = 64 << 10, kHuge = size_t{2} << 20;
 constexpr size_t kColours = 16, kColour = 192;  // blocks start at different lines of the caches' sets
+constexpr int64_t kPack = 64 << 10;             // bytes of packed weights; PyTorch keeps what is smaller
+
+// Pages aligned to `unit`, huge ones where the system has them.
+void* pages(size_t size, size_t unit) {
+  void* all = mmap(nullptr, size + unit, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (all == MAP_FAILED) return nullptr;
+  const auto start = reinterpret_cast<uintptr_t>(all), own = (start + unit - 1) / unit * unit;
+  if (own > start) munmap(all, own - start);
+  munmap(reinterpret_cast<void*>(own + size), start + unit - own);
+  auto* found = reinterpret_cast<void*>(own);
+#if defined(MADV_HUGEPAGE)
+  if (unit == kHuge) madvise(found, size, MADV_HUGEPAGE);
+#endif
+  return found;
+}
 
 // Stands at the start of its pages; the data follows, at the block's colour.
 struct Block {
@@ -64,18 +80,9 @@ class Store {
     return block;
   }
 
-  // Pages aligned to `unit`, huge ones where the system has them.
   static Block* fresh(size_t size, size_t unit) {
-    void* all = mmap(nullptr, size + unit, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (all == MAP_FAILED) return nullptr;
-    const auto start = reinterpret_cast<uintptr_t>(all), own = (start + unit - 1) / unit * unit;
-    if (own > start) munmap(all, own - start);
-    munmap(reinterpret_cast<void*>(own + size), start + unit - own);
-    auto* block = reinterpret_cast<Block*>(own);
-#if defined(MADV_HUGEPAGE)
-    if (unit == kHuge) madvise(block, size, MADV_HUGEPAGE);
-#endif
-    block->bytes = size;
+    auto* block = static_cast<Block*>(pages(size, unit));
+    if (block != nullptr) block->bytes = size;
     return block;
   }
 
@@ -87,12 +94,67 @@ class Store {
   std::atomic<size_t> turn_{0};
 };
 
+// Packed weights, side by side on shelves of huge pages, each of which goes when the last one on it does.
+class Shelves {
+ public:
+  void* take(size_t bytes) {
+    const size_t needed = kLine + (bytes + kLine - 1) / kLine * kLine + kLine;
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);  // never waits, as above
+    if (!lock.owns_lock()) return nullptr;
+    if (last_ != nullptr && last_->users == 1) last_->used = sizeof(Shelf);
+    if (last_ == nullptr || last_->bytes - last_->used < needed) {
+      const size_t size = (sizeof(Shelf) + needed + kShelf - 1) / kShelf * kShelf;
+      void* room = pages(size, kHuge);
+      if (room == nullptr) return nullptr;
+      if (last_ != nullptr) leave(last_);
+      last_ = new (room) Shelf{size};
+    }
+    auto* place = reinterpret_cast<char*>(last_) + last_->used;
+    last_->used += needed;
+    ++last_->users;
+    *reinterpret_cast<Shelf**>(place) = last_;
+    return place + kLine;
+  }
+
+  void give(void* data) { leave(*reinterpret_cast<Shelf**>(static_cast<char*>(data) - kLine)); }
+
+ private:
+  static constexpr size_t kLine = 64, kShelf = 4 * kHuge;
+
+  // Stands at the start of its pages. On the line before each weight is its address, on that behind it nothing: there
+  // sanitizers see who reads too far.
+  struct alignas(kLine) Shelf {
+    size_t bytes, used = sizeof(Shelf);
+    std::atomic<size_t> users{1};  // weights, and whoever puts more here
+  };
+
+  static void leave(Shelf* shelf) {
+    if (--shelf->users == 0) munmap(shelf, shelf->bytes);
+  }
+
+  std::mutex mutex_;
+  Shelf* last_ = nullptr;
+};
+
 Store& store() {
   static Store* only = new Store;  // outlives every tensor
   return *only;
 }
 
+Shelves& shelves() {
+  static Shelves* only = new Shelves;
+  return *only;
+}
+
 }  // namespace
+
+Tensor make_pack(int64_t bytes, const Tensor& like) {
+  void* data = bytes < kPack ? nullptr : shelves().take(static_cast<size_t>(bytes));
+  if (data == nullptr) return make({bytes}, ScalarType::Byte, like);
+  const int64_t stride = 1;
+  return torch::stable::from_blob(data, {&bytes, 1}, {&stride, 1}, like.device(), ScalarType::Byte,
+                                  [](void* p) { shelves().give(p); });
+}
 
 Tensor make_image(const Image& image, const Tensor& like) {
   const Sizes& s = image.size;

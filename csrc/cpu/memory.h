@@ -25,4 +25,8 @@ inline Image image_of(const Tensor& t) {
 // An image with nothing in it, on the device of `like`.
 Tensor make_image(const Image& image, const Tensor& like);
 
+// Bytes for packed weights, with nothing in them. They lie in huge pages, where the system has such: in small ones a
+// network's weights are more than a processor remembers the places of, and at batch 1 each is read once.
+Tensor make_pack(int64_t bytes, const Tensor& like);
+
 }  // namespace fused_resnet

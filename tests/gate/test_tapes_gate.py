@@ -1,15 +1,14 @@
 """Tapes, 8-bit values, pools and the store of blocks without torch, by tests/csrc/driver: sanitizers and faults."""
 
-import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.csrc import conftest as made
-from tests.gate.test_convs_gate import CXX, DRIVER, HEADERS
+from tests.gate import drivers
 
 setup_script = made.setup_script
+LOOPS = ("grouped", "convs", "int8")
 SOURCES = ("tape", "conv_packed", "conv_int8", "memory")
 DRIVERS = ("tapes", "bytes", "store")
 ADDRESS = ("-g1", "-fsanitize=address", "--param", "asan-instrumentation-with-call-threshold=0")
@@ -24,40 +23,10 @@ LIMIT = 600  # seconds of a run: a fault may make an endless one
 
 
 def build(setup_script, folder, flags=(), *, csrc=made.CSRC, isas=("baseline",), special=None, sound=()):
-    """Builds the program in `folder` and returns it.
-
-    Args:
-        special: name of a source -> what takes the place of `flags` there.
-        sound: object files of another build, which are taken as they are.
-    """
-    if CXX is None:
-        pytest.skip("there is no C++ compiler")
-    for name in HEADERS:
-        (folder / "torch" / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "torch" / name).write_text('#include "stub.h"\n')
-    loops = [flag for flag in setup_script.LOOPS.split() if "$" not in flag and not flag.startswith("-I")]
-    own = lambda name: (special or {}).get(name, flags)
-    has = ["-std=c++20", *(f"-DFR_HAS_{isa.upper()}" for isa in isas if isa != "baseline")]
-    march = lambda isa: setup_script.ISAS[isa].split() if isa != "baseline" else ()
-    units = {f"{name}.{isa}.o": [csrc / f"cpu/isa/{name}.cpp", *loops, f"-DFR_ISA={isa}", *march(isa), *own(name)]
-             for name in ("grouped", "convs", "int8") for isa in isas}
-    units |= {f"{name}.o": [csrc / f"cpu/{name}.cpp", *has, *own(name)] for name in SOURCES}
-    units |= {f"{name}.o": [DRIVER / f"{name}.cpp", *has, *own(name)] for name in DRIVERS}
-    for path in sound:
-        del units[path.name]
-
-    def run(*command):
-        done = subprocess.run([CXX, *command], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-
-    def compiled(name):
-        run(*units[name], "-O1", *(f"-I{path}" for path in (csrc, DRIVER, folder)), "-MMD", "-c", "-o", folder / name)
-        return folder / name
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = [*sound, *pool.map(compiled, units)]
-    run(*flags, *objects, "-pthread", "-o", folder / "tapes")
-    return folder / "tapes"
+    """Builds the program in `folder` and returns it; `special` as in drivers.units."""
+    others = [*(csrc / f"cpu/{name}.cpp" for name in SOURCES), *(drivers.DRIVER / f"{name}.cpp" for name in DRIVERS)]
+    units = drivers.units(setup_script, LOOPS, others, flags, csrc=csrc, isas=isas, special=special)
+    return drivers.build(folder, units, flags, csrc=csrc, sound=sound)
 
 
 def complaint(program):
@@ -158,28 +127,19 @@ FAULTS = {
     "nothing is dropped": (MEMORY, "while (idle_ > kKept)", "while (false)"),
     "a block of any size lies idle": (MEMORY, "|| block->bytes > kKept", ""),
     "what serves again still lies idle": (MEMORY, "idle_ -= block->bytes;", ""),
+    "weights overlap": (MEMORY, "last_->used += needed;", "last_->used += needed - 192;"),
+    "a shelf goes before its weights": (MEMORY, "++last_->users;", ""),
+    "a shelf in use is filled anew": (MEMORY, "last_->users == 1", "last_->users < 9"),
+    "a shelf is as large as others": (MEMORY, "(sizeof(Shelf) + needed + kShelf - 1) / kShelf * kShelf", "kShelf"),
+    "shelves stay": (MEMORY, "if (--shelf->users == 0) munmap", "if (--shelf->users > 99) munmap"),
 }
 
 
 @pytest.fixture(scope="module")
 def verdicts(setup_script, tmp_path_factory):
-    """Fault -> what the program says of it, "" -> of the sound sources; two builds at a time, of what a fault is in."""
-    flags = ["-w"]  # a fault may leave a name idle
-    folder = tmp_path_factory.mktemp("sound")
-    said = {"": complaint(build(setup_script, folder, flags))}
-
-    def judge(fault):
-        file, before, after = FAULTS[fault]
-        own = tmp_path_factory.mktemp("fault", numbered=True)
-        shutil.copytree(made.CSRC, own / "csrc")
-        text = (own / "csrc" / file).read_text()
-        assert text.count(before) == 1, f"{before!r} stands {text.count(before)} times in {file}"
-        (own / "csrc" / file).write_text(text.replace(before, after))
-        sound = [path for path in folder.glob("*.o") if str(made.CSRC / file) not in path.with_suffix(".d").read_text()]
-        return complaint(build(setup_script, own, flags, csrc=own / "csrc", sound=sound))
-
-    with ThreadPoolExecutor(2) as pool:
-        return said | dict(zip(FAULTS, pool.map(judge, FAULTS), strict=True))
+    """What drivers.judged says; a fault may leave a name idle, hence no warnings."""
+    make = lambda folder, csrc, sound: build(setup_script, folder, ["-w"], csrc=csrc, sound=sound)
+    return drivers.judged(make, complaint, FAULTS, tmp_path_factory)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

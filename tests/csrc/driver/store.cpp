@@ -1,4 +1,5 @@
-// The memory that serves again: several threads take and give blocks of sizes around the store's limits.
+// The memory that serves again and that of packed weights: several threads take and give blocks of sizes around the
+// store's limits.
 #include <unistd.h>
 
 #include <algorithm>
@@ -27,8 +28,15 @@ constexpr int64_t kSizes[] = {1,
                               (512 << 10) - kInFront + 1,
                               (512 << 10) - kInFront + 2944};
 
+constexpr int64_t kPacks[] = {1,         (64 << 10) - 1, 64 << 10,  (64 << 10) + 1, 100 << 10,     kMega + 63,
+                              2 * kMega, 3 * kMega + 64, 7 * kMega, 8 * kMega - 64, 8 * kMega + 1, 17 * kMega};
+
 Tensor block(int64_t bytes) {
   return make_image({{1, 1, 1, bytes}, ScalarType::Byte}, Tensor({1}, ScalarType::Byte, false));
+}
+
+Tensor pack(int64_t bytes) {
+  return make_pack(bytes, Tensor({1}, ScalarType::Byte, false));
 }
 
 // Both ends of a block hold what its owner has written.
@@ -44,11 +52,12 @@ void check_signed(const Tensor& t, uint8_t name) {
   }
 }
 
-void exchange(int first) {
+template <size_t COUNT>
+void exchange(int first, Tensor make(int64_t), const int64_t (&sizes)[COUNT]) {
   std::vector<Tensor> held;
   for (int i = 0; i < 60; ++i) {
     const auto name = static_cast<uint8_t>(first + 3 * i);
-    held.push_back(block(kSizes[static_cast<size_t>(first + 5 * i) % std::size(kSizes)]));
+    held.push_back(make(sizes[static_cast<size_t>(first + 5 * i) % COUNT]));
     sign(held.back(), name);
     if (held.size() < 6) continue;
     const size_t drop = static_cast<size_t>(i) % held.size();
@@ -111,6 +120,29 @@ void check_idle() {
     fail("of what may lie idle, %d megabytes have come or gone", static_cast<int>(changed));
 }
 
+// Shelves of weights go with the last one that lies there, but for the one where the next will lie: it may have grown.
+void check_shelves() {
+  const auto fill = [](int64_t bytes) {
+    std::vector<Tensor> held;
+    for (int i = 0; i < 40; ++i) {
+      held.push_back(pack(bytes));
+      sign(held.back(), static_cast<uint8_t>(i));
+      const auto at = reinterpret_cast<uintptr_t>(held.back().const_data_ptr());
+      if (bytes >= kLarge && at % 64 != 0) fail("a weight starts within a line");
+    }
+    for (int i = 0; i < 40; ++i) check_signed(held[static_cast<size_t>(i)], static_cast<uint8_t>(i));
+    std::swap(held[3], held[30]);
+  };
+  fill(kMega);
+  const int64_t before = mapped();
+  for (int64_t bytes : kPacks) fill(bytes);
+  fill(kMega);
+  const int64_t kept = mapped() - before;
+  if (kept > 16) fail("%d megabytes of weights that are gone", static_cast<int>(kept));
+  const uintptr_t first = reinterpret_cast<uintptr_t>(pack(kMega).const_data_ptr());
+  if (reinterpret_cast<uintptr_t>(pack(kMega).const_data_ptr()) != first) fail("an empty shelf is not filled anew");
+}
+
 }  // namespace
 
 void check_store() {
@@ -124,10 +156,16 @@ void check_store() {
   if (page_of(20 * kMega) == large) fail("a block serves what is much smaller");
   if (page_of(34 * kMega) != large) fail("a block does not serve what is little smaller");
   std::vector<std::thread> threads;
-  for (int i = 0; i < 3; ++i) threads.emplace_back(exchange, i);
+  for (int i = 0; i < 3; ++i) {
+    threads.emplace_back([i] {
+      exchange(i, block, kSizes);
+      exchange(i, pack, kPacks);
+    });
+  }
   for (std::thread& thread : threads) thread.join();
   check_neighbours();
   check_idle();
+  check_shelves();
 }
 
 }  // namespace fused_resnet

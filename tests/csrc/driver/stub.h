@@ -147,9 +147,9 @@ struct IntRef {
   size_t size;
 };
 
-// Strides are taken for those of channels_last memory.
+// Strides of four sizes are taken for those of channels_last memory.
 inline Tensor from_blob(void* data, IntRef sizes, IntRef, int, ScalarType type, void (*release)(void*)) {
-  return Tensor(std::vector<int64_t>(sizes.data, sizes.data + sizes.size), type, true, data, release);
+  return Tensor(std::vector<int64_t>(sizes.data, sizes.data + sizes.size), type, sizes.size == 4, data, release);
 }
 
 inline int64_t threads = 1;
