@@ -1,4 +1,4 @@
-"""Tests of a gate's file stay with one worker, which makes what all of them need: pytest and pytest-xdist must agree."""
+"""Tests of a gate's file stay with one worker, which makes what all need: pytest and pytest-xdist must agree."""
 
 import pytest
 
