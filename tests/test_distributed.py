@@ -145,6 +145,7 @@ def torchrun(folder, count, *arguments):
     return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
 
 
+@pytest.mark.gate
 def test_torchrun_takes_the_steps_of_one_process_with_the_joint_batch(tmp_path):
     both = torchrun(tmp_path / "two", 2, "--batch", "8", "--sync-bn")
     assert both.returncode == 0, both.stderr

@@ -39,6 +39,8 @@ def ran(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.gate  # a minute, most of it AOTInductor's
+@pytest.mark.xdist_group("programs")
 @pytest.mark.parametrize("page", PROGRAMS, ids=named)
 def test_programs_run(ran, page):
     pytest.importorskip("torchvision")
