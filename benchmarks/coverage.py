@@ -21,8 +21,8 @@ weights and lively norms, fuses it, and runs {batch} images through both, fp32, 
   of the launch on a GPU only; oneDNN has no such prologue, so that on a CPU it is a pass of its own.
 - **error**: the largest difference from an fp64 run over the largest value, beside that of the stock network.
 - **speed**: over stock in channels_last, one thread, the median of paired rounds; the fused network was built from
-  contiguous weights and is given contiguous images. At such sizes Python counts, too: below 1 are networks of which
-  little fuses, whose other operators then run in contiguous memory.
+  contiguous weights and is given contiguous images, so that what does not fuse runs in contiguous memory. At such sizes
+  Python counts, too: a plan of a thousand elementwise steps around a few launches is slower than stock.
 
 "Wrong" would be any other result, shape, stride, dtype, exception, buffer or state-dict key than stock's, or a plan
 that was dropped at its first call. The layouts are contiguous and channels_last; the bad inputs lack a dimension, a

@@ -28,8 +28,8 @@ def units(setup_script, loops, others, flags=(), *, csrc=made.CSRC, isas=("basel
     has = ["-std=c++20", *(f"-DFR_HAS_{isa.upper()}" for isa in isas if isa != "baseline")]
     own = lambda name: (special or {}).get(name, flags)
     return {f"{name}.{isa}.o": [csrc / f"cpu/isa/{name}.cpp", *vector, *STRICT, f"-DFR_ISA={isa}", *march(isa),
-                                *own(name)] for name in loops for isa in isas} | {
-        f"{path.stem}.o": [path, *has, *own(path.stem)] for path in others}
+                                "-O1", *own(name)] for name in loops for isa in isas} | {
+        f"{path.stem}.o": [path, *has, "-O1", *own(path.stem)] for path in others}
 
 
 def build(folder, units, flags=(), *, csrc=made.CSRC, compiler=CXX, sound=()):
@@ -49,7 +49,7 @@ def build(folder, units, flags=(), *, csrc=made.CSRC, compiler=CXX, sound=()):
         assert done.returncode == 0, done.stderr[-3000:]
 
     def compiled(name):
-        run(*units[name], "-O1", *(f"-I{path}" for path in (csrc, DRIVER, folder)), "-MMD", "-c", "-o", folder / name)
+        run(*units[name], *(f"-I{path}" for path in (csrc, DRIVER, folder)), "-MMD", "-c", "-o", folder / name)
         return folder / name
 
     known = {path.name for path in sound}
