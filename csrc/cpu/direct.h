@@ -157,13 +157,13 @@ void direct_group(const ConvRun<T>& c, const Segments& seg, int32_t group, const
           d1 == depth ? &finish : nullptr);
     };
     if (step >= depth && depth * padded <= kWeightsAtHand) {  // whole rows of y are written one after the other
-      by_tiles(rows, [&](int64_t t, int64_t count, int64_t) {
+      by_tiles(rows, kRows, [&](int64_t t, int64_t count, int64_t) {
         for (int64_t p = part.first_panel; p < part.last_panel; ++p) product(p, t, count, 0);
       });
       continue;
     }
     for (int64_t p = part.first_panel; p < part.last_panel; ++p)
-      by_tiles(rows, [&](int64_t t, int64_t count, int64_t i) { product(p, t, count, i); });
+      by_tiles(rows, kRows, [&](int64_t t, int64_t count, int64_t i) { product(p, t, count, i); });
   }
 }
 

@@ -184,13 +184,6 @@ FR_INLINE void run_tile(int64_t rows, bool two, const Operands& o, const Finish<
   with_tile<kRows>(rows, two, [&]<int ROWS, int COLUMNS>() { tile<T, ROWS, COLUMNS>(o, f); });
 }
 
-// Rows in tiles of nearly the same size: calls f(first row, rows, which tile).
-template <class F>
-FR_INLINE void by_tiles(int64_t rows, const F& f) {
-  const int64_t tiles = (rows + kRows - 1) / kRows;
-  for (int64_t i = 0; i < tiles; ++i) f(rows * i / tiles, rows * (i + 1) / tiles - rows * i / tiles, i);
-}
-
 }  // namespace
 }  // namespace FR_ISA
 }  // namespace fused_resnet

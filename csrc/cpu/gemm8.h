@@ -16,7 +16,8 @@ namespace fused_resnet {
 namespace FR_ISA {
 namespace {
 
-constexpr int kRows8 = (kRegisters - 4) / 2;  // 2 * kRows8 sums, two vectors of b, one broadcast: one register is left
+// Few enough for the products of the next tile to start while the sums of this one become bytes.
+constexpr int kRows8 = 6;
 constexpr int kPanel8 = 2 * kLanes;
 
 typedef int32_t IntsAt __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
@@ -135,9 +136,37 @@ FR_INLINE Floats residual_at(const float* from, int32_t) {
   return load(from);
 }
 
+// What the ends of a part's tiles have in common.
+struct Ends8 : Int8Run {
+  uint8_t least, most;  // what low and high are as bytes
+  bool fits;            // no sum ends outside of int32
+  bool plain;           // saturation is all that is left to do for bytes
+};
+
+FR_INLINE Ends8 ends_of(const Int8Run& c, int64_t depth, const Part& part) {
+  const float lowest = static_cast<float>(-c.y_zero), highest = static_cast<float>(255 - c.y_zero);
+  const auto byte = [&](float limit) {
+    limit = limit < lowest ? lowest : limit > highest ? highest : limit;
+    return static_cast<uint8_t>(c.y_zero + static_cast<int32_t>(limit + 0x1.8p23f - 0x1.8p23f));  // to the nearest
+  };
+  const float sums = static_cast<float>(depth) * (4 * 255 * 127),
+              residual = 255 * (c.residual_scale < 0 ? -c.residual_scale : c.residual_scale);
+  const int64_t padded = ceil_div<int64_t>(c.shape.K, kLanes) * kLanes, end = part.last_panel * kPanel8;
+  Floats far{};
+  for (int64_t k = part.first_panel * kPanel8; k < padded && k < end; k += kLanes) {
+    const Floats scale = load(c.scale + k), shift = load(c.shift + k);
+    const Floats z = (scale < 0 ? -scale : scale) * sums + (shift < 0 ? -shift : shift) + residual;
+    far = z < 0x1p30f ? far : all(1.0f);  // NaN, too
+  }
+  bool fits = true;
+  for (int i = 0; i < kLanes; ++i) fits = fits && far[i] == 0;
+  const uint8_t least = byte(c.low), most = byte(c.high);
+  return {c, least, most, fits, c.y_zero == 0 && least == 0 && most == 255};
+}
+
 // Where the sums of a tile end: rows of y from element `at` on, filters k and on, of which there are `columns`.
 struct End8 {
-  const Int8Run& run;
+  const Ends8* all;
   int64_t at, k, columns;
 };
 
@@ -148,12 +177,12 @@ struct Finish8 {
   float low, high, residual_scale;
   int32_t residual_zero, y_zero;
 
-  explicit Finish8(const Int8Run& c)
-      : low(c.low), high(c.high), residual_scale(c.residual_scale), residual_zero(c.residual_zero), y_zero(c.y_zero) {
-    const float most = 255 - c.y_zero, least = -c.y_zero;
-    if (kNarrow && low < least) low = least;
-    if (kNarrow && high > most) high = most;
-  }
+  explicit Finish8(const Ends8& e)
+      : low(kNarrow ? static_cast<float>(e.least - e.y_zero) : e.low),
+        high(kNarrow ? static_cast<float>(e.most - e.y_zero) : e.high),
+        residual_scale(e.residual_scale),
+        residual_zero(e.residual_zero),
+        y_zero(e.y_zero) {}
 
   FR_INLINE void operator()(Ints sum, Floats scale, Floats shift, const R* residual, Y* y) const {
     Floats z = __builtin_convertvector(sum, Floats) * scale + shift;
@@ -170,7 +199,7 @@ struct Finish8 {
 // Of sums that were put down, rows of `width`.
 template <class R, class Y>
 void finish8(const End8& end, const int32_t* sums, int64_t rows, int64_t width) {
-  const Int8Run& c = end.run;
+  const Ends8& c = *end.all;
   const Finish8<R, Y> finish(c);
   const R* residual = static_cast<const R*>(c.residual);
   Y* y = static_cast<Y*>(c.y);
@@ -197,7 +226,7 @@ void finish8(const End8& end, const int32_t* sums, int64_t rows, int64_t width) 
 // The usual end, bytes of whole panels, with the sums still in registers.
 template <int ROWS, int COLUMNS>
 FR_INLINE void finish_bytes(const End8& end, const Ints (&sum)[ROWS][COLUMNS]) {
-  const Int8Run& c = end.run;
+  const Ends8& c = *end.all;
   const Finish8<uint8_t, uint8_t> finish(c);
   const uint8_t* residual = c.residual == nullptr ? nullptr : static_cast<const uint8_t*>(c.residual) + end.at;
   uint8_t* y = static_cast<uint8_t*>(c.y) + end.at;
@@ -213,20 +242,67 @@ FR_INLINE void finish_bytes(const End8& end, const Ints (&sum)[ROWS][COLUMNS]) {
   }
 }
 
+#if defined(__AVX512BW__)
+
+// Where sums fit, rows of two vectors, two by two: four vectors are put together before they are clamped, and stores
+// are of 32 bytes. Saturation does not tell what is far above from what is far below int32: hence `fits`.
+template <bool PLAIN, int ROWS>
+FR_INLINE void finish_pairs(const End8& end, const Ints (&sum)[ROWS][2]) {
+  const Ends8& c = *end.all;
+  const uint8_t* residual = c.residual == nullptr ? nullptr : static_cast<const uint8_t*>(c.residual) + end.at;
+  uint8_t* y = static_cast<uint8_t*>(c.y) + end.at;
+  const int64_t row = c.shape.K;
+  const float residual_scale = c.residual_scale;
+  const float offset = residual == nullptr ? 0.0f : static_cast<float>(-c.residual_zero) * residual_scale;
+  const Floats scale[2] = {load(c.scale + end.k), load(c.scale + end.k + kLanes)};
+  const Floats shift[2] = {load(c.shift + end.k) + offset, load(c.shift + end.k + kLanes) + offset};
+  const __m512i zero = _mm512_set1_epi16(static_cast<int16_t>(c.y_zero));
+  const __m512i least = _mm512_set1_epi8(static_cast<char>(c.least));
+  const __m512i most = _mm512_set1_epi8(static_cast<char>(c.most));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const auto rounded = [&](int i, int j) {
+    Floats z = __builtin_convertvector(sum[i][j], Floats) * scale[j] + shift[j];
+    if (residual != nullptr) z += residual_at(residual + i * row + j * kLanes, 0) * residual_scale;
+    return _mm512_maskz_cvtps_epi32(0xffff, reinterpret_cast<__m512>(z));
+  };
+  const auto words = [&](int i) {
+    const __m512i both = _mm512_packs_epi32(rounded(i, 0), rounded(i, 1));
+    return PLAIN ? both : _mm512_adds_epi16(both, zero);
+  };
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; i += 2) {
+    const __m512i first = words(i), second = i + 1 < ROWS ? words(i + 1) : first;
+    __m512i bytes = _mm512_maskz_permutexvar_epi32(0xffff, order, _mm512_packus_epi16(first, second));
+    if (!PLAIN) bytes = _mm512_min_epu8(_mm512_max_epu8(bytes, least), most);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + i * row), _mm512_castsi512_si256(bytes));
+    if (i + 1 < ROWS)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + (i + 1) * row),
+                          _mm512_maskz_extracti64x4_epi64(0xf, bytes, 1));
+  }
+}
+
+template <int ROWS>
+FR_INLINE void finish_bytes(const End8& end, const Ints (&sum)[ROWS][2]) {
+  return end.all->plain ? finish_pairs<true>(end, sum) : finish_pairs<false>(end, sum);
+}
+
+#endif
+
 // One tile; `A` is Operands8 or Strip.
 template <class A, int ROWS, int COLUMNS>
 void tile8(const A& a, const End8& end) {
   constexpr int kWidth = COLUMNS * kLanes;
-  const Int8Run& c = end.run;
   Ints sum[ROWS][COLUMNS];
 #pragma GCC unroll 2
   for (int j = 0; j < COLUMNS; ++j) {
-    const Ints start = ints_at(c.start + end.k + j * kLanes);
+    const Ints start = ints_at(end.all->start + end.k + j * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) sum[i][j] = start;
   }
   add_words(a, sum);
-  if (c.y_narrow && (c.residual_narrow || c.residual == nullptr) && end.columns == kWidth)
+  asm("" ::: "memory");  // nothing that the end reads takes a register until here
+  const Ends8& c = *end.all;
+  if (c.y_narrow && (c.residual_narrow || c.residual == nullptr) && end.columns == kWidth && c.fits)
     return finish_bytes(end, sum);
   alignas(64) int32_t sums[ROWS * kWidth];
 #pragma GCC unroll 16

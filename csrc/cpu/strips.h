@@ -70,6 +70,17 @@ void copy_padded(const ConvShape& s, const T* x, T zero, int64_t n, int32_t h, T
   for (int64_t i = start + own; i < elements; ++i) to[i] = zero;
 }
 
+// Rows in tiles of nearly the same size, of at most `most`: calls f(first row, rows, which tile).
+template <class F>
+FR_INLINE void by_tiles(int64_t rows, int64_t most, const F& f) {
+  const int64_t tiles = ceil_div(rows, most), each = rows / tiles, longer = rows % tiles;
+  for (int64_t i = 0, at = 0; i < tiles; ++i) {
+    const int64_t count = each + (i < longer);
+    f(at, count, i);
+    at += count;
+  }
+}
+
 // Calls f(panel, first pixel of y, how many, strip) for every tile of the part.
 template <class T, class F>
 FR_INLINE void by_strips(const ConvShape& s, const T* x, T zero, const uint32_t* weights, const Part& part,
@@ -92,12 +103,10 @@ FR_INLINE void by_strips(const ConvShape& s, const T* x, T zero, const uint32_t*
     const auto tiles = [&](const auto& g) {
       for (int64_t p = 0, at = m; p < rows; ++p) {
         const int64_t q = p == 0 ? start.q : 0, own = s.Q - q < last - at ? s.Q - q : last - at;
-        const int64_t count = ceil_div<int64_t>(own, rows_of_tile);
-        for (int64_t i = 0; i < count; ++i) {  // of nearly the same size
-          const int64_t from = own * i / count, to = own * (i + 1) / count;
+        by_tiles(own, rows_of_tile, [&](int64_t from, int64_t count, int64_t) {
           strip.first = copies + p * s.stride_h * pitch + (q + from) * step;
-          g(at + from, to - from);
-        }
+          g(at + from, count);
+        });
         at += own;
       }
     };

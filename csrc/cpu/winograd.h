@@ -169,7 +169,7 @@ void winograd_part(const ConvRun<T>& c, const Part& part, const float* shared, f
     for (int64_t at = 0; at < kPositions; ++at) {
       const uint32_t* a = reinterpret_cast<const uint32_t*>(v + at * position);
       const uint32_t* b = c.weights + kPositions * s.C * k + at * s.C * width;
-      by_tiles(rows, [&](int64_t t, int64_t count, int64_t i) {
+      by_tiles(rows, kRows, [&](int64_t t, int64_t count, int64_t i) {
         run_tile<float>(count, width == kPanel,
                         {a + t * kChunk, b, 4 * kChunk, all * kChunk, s.C, b + s.C * (width + i * kLine),
                          sums + (at * rows + t) * width, false},

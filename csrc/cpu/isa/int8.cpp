@@ -67,10 +67,10 @@ int64_t scratch(const ConvShape& s, const Part& part) {
 
 // Panel p of `count` rows of y from row m on; `a` is for it to read.
 template <class A>
-FR_INLINE void run_tile8(const Int8Run& c, int64_t p, int64_t m, int64_t count, const A& a) {
-  const int64_t K = c.shape.K, padded = ceil_div<int64_t>(K, kLanes) * kLanes, k = p * kPanel8;
+FR_INLINE void run_tile8(const Ends8& ends, int64_t p, int64_t m, int64_t count, const A& a) {
+  const int64_t K = ends.shape.K, padded = ceil_div<int64_t>(K, kLanes) * kLanes, k = p * kPanel8;
   const int64_t width = padded - k < kPanel8 ? kLanes : kPanel8, left = K - k;
-  const End8 end{c, m * K + k, k, left < width ? left : width};
+  const End8 end{&ends, m * K + k, k, left < width ? left : width};
   with_tile<kRows8>(count, width == kPanel8, [&]<int ROWS, int COLUMNS>() { tile8<A, ROWS, COLUMNS>(a, end); });
 }
 
@@ -84,16 +84,17 @@ void ask_for(const Int8Run& c, int64_t at, int64_t rows) {
 }
 
 void conv(const Int8Run& c, const Part& part, void* scratch) {
+  const Segments seg = segments_of<uint8_t>(c.shape);
+  const int64_t depth = depth_of(seg), K = c.shape.K;
+  const Ends8 ends = ends_of(c, depth, part);
   if (in_strips(c.shape)) {
     return by_strips(c.shape, c.x, static_cast<uint8_t>(c.x_zero), c.weights, part, kRows8, scratch,
                      [&](int64_t p, int64_t m, int64_t count, const Strip& strip) {
-                       if (m + 2 * count <= part.last_row) ask_for(c, (m + count) * c.shape.K + p * kPanel8, count);
-                       run_tile8(c, p, m, count, strip);
+                       if (m + 2 * count <= part.last_row) ask_for(c, (m + count) * K + p * kPanel8, count);
+                       run_tile8(ends, p, m, count, strip);
                      });
   }
-  const Segments seg = segments_of<uint8_t>(c.shape);
-  const int64_t depth = depth_of(seg), K = c.shape.K;
-  const int64_t rows = part.last_row - part.first_row, tiles = ceil_div<int64_t>(rows, kRows8);
+  const int64_t rows = part.last_row - part.first_row;
   auto* a = static_cast<uint32_t*>(scratch);
   const bool plain = in_place(c.shape, 1);
   const int64_t row = plain ? c.shape.C : 4 * kChunk, chunk = plain ? kChunk : rows * kChunk;
@@ -103,22 +104,19 @@ void conv(const Int8Run& c, const Part& part, void* scratch) {
   } else {
     gather8(c, seg, part.first_row, part.last_row, a);
   }
-  const auto product = [&](int64_t p, int64_t i) {
-    const int64_t t = rows * i / tiles, count = rows * (i + 1) / tiles - t;  // of nearly the same size
-    if (i + 1 < tiles) ask_for(c, (part.first_row + t + count) * K + p * kPanel8, count);
-    run_tile8(c, p, part.first_row + t, count,
+  const auto product = [&](int64_t p, int64_t t, int64_t count) {
+    if (t + 2 * count <= rows) ask_for(c, (part.first_row + t + count) * K + p * kPanel8, count);
+    run_tile8(ends, p, part.first_row + t, count,
               Operands8{reinterpret_cast<const uint32_t*>(from + t * row), c.weights + depth * p * kPanel8, row, chunk,
                         depth});
   };
   if (depth * K <= kWeightsAtHand) {  // whole rows of y are written one after the other
-    for (int64_t i = 0; i < tiles; ++i) {
-      for (int64_t p = part.first_panel; p < part.last_panel; ++p) product(p, i);
-    }
-    return;
+    return by_tiles(rows, kRows8, [&](int64_t t, int64_t count, int64_t) {
+      for (int64_t p = part.first_panel; p < part.last_panel; ++p) product(p, t, count);
+    });
   }
-  for (int64_t p = part.first_panel; p < part.last_panel; ++p) {
-    for (int64_t i = 0; i < tiles; ++i) product(p, i);
-  }
+  for (int64_t p = part.first_panel; p < part.last_panel; ++p)
+    by_tiles(rows, kRows8, [&](int64_t t, int64_t count, int64_t) { product(p, t, count); });
 }
 
 void quantize(const float* x, int64_t count, float inverse, int32_t zero, uint8_t* y) {
