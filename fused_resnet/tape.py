@@ -20,7 +20,7 @@ from fused_resnet.problem import ACTIVATIONS
 
 Pair = Sequence[int]
 ONES = (1, 1)
-CONV, CONV_INT8, MAX_POOL, QUANTIZE = range(4)  # as in csrc/cpu/tape.cpp
+CONV, CONV_INT8, MAX_POOL, QUANTIZE, MEAN_POOL = range(5)  # as in csrc/cpu/tape.cpp
 
 
 class Entry(NamedTuple):
@@ -113,6 +113,14 @@ def max_pool(x: torch.Tensor, kernel: tuple[int, int], stride: Pair, padding: Pa
     y = torch.ops.fused_resnet._max_pool.default(x, kernel, stride, padding)
     if _state.entries is not None:
         _state.entries.append(Entry(MAX_POOL, x, None, None, y, (0, *kernel), stride, padding))
+    return y
+
+
+def mean_pool(x: torch.Tensor) -> torch.Tensor:
+    """The mean of each channel of x, fp32 or bf16, as [N, C, 1, 1]."""
+    y = torch.ops.fused_resnet._mean_pool.default(x)
+    if _state.entries is not None:
+        _state.entries.append(Entry(MEAN_POOL, x, None, None, y))
     return y
 
 

@@ -149,7 +149,7 @@ Launch conv_int8(const Image& x, const Tensor& pack, std::optional<ScalarType> r
     return run;
   };
   const int64_t tile = own.rows, row_bytes = 4 * header.depth;
-  const int64_t most = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(row_bytes, 1) / tile, 1, 16) * tile;
+  const int64_t most = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(row_bytes, 1) / tile, 1, 36) * tile;
   Launch launch{s, bytes_image(s, numbers.narrow ? ScalarType::Byte : ScalarType::Float), {}, {}};
   // The packed weights live as long as the launch.
   launch.all = [=, keep = pack, &own](const void* from, const void* also, void* to) {
@@ -217,14 +217,6 @@ Launch max_pool(const Image& x, const Sizes& kernel, const Sizes& stride, const 
 }
 
 namespace {
-
-Tensor run(const Launch& launch, const Tensor& x, const Maybe& residual = std::nullopt) {
-  STD_TORCH_CHECK(is_channels_last(x), "x must be in channels_last memory");
-  if (residual.has_value()) check_result(*residual, launch.shape, *residual, "residual");
-  const Tensor y = make_image(launch.y, x);
-  launch.all(x.const_data_ptr(), residual.has_value() ? residual->const_data_ptr() : nullptr, y.mutable_data_ptr());
-  return y;
-}
 
 Tensor conv_int8_op(const Tensor& x, const Tensor& pack, const Maybe& residual, const Sizes& filters,
                     const Sizes& stride, const Sizes& padding, const Sizes& dilation, double residual_scale,

@@ -34,5 +34,15 @@ Launch conv_int8(const Image& x, const Tensor& pack, std::optional<ScalarType> r
                  const Sizes& stride, const Sizes& padding, const Sizes& dilation, const Int8Numbers& numbers);
 Launch quantize(const Image& x, double inverse, int64_t zero);
 Launch max_pool(const Image& x, const Sizes& kernel, const Sizes& stride, const Sizes& padding);
+Launch mean_pool(const Image& x);  // of each channel: y is [N, C, 1, 1]
+
+// A launch by itself, into a new image.
+inline Tensor run(const Launch& launch, const Tensor& x, const Maybe& residual = std::nullopt) {
+  STD_TORCH_CHECK(is_channels_last(x), "x must be dense in channels_last memory");
+  if (residual.has_value()) check_result(*residual, launch.shape, *residual, "residual");
+  const Tensor y = make_image(launch.y, x);
+  launch.all(x.const_data_ptr(), residual.has_value() ? residual->const_data_ptr() : nullptr, y.mutable_data_ptr());
+  return y;
+}
 
 }  // namespace fused_resnet

@@ -12,7 +12,7 @@
 namespace fused_resnet {
 namespace {
 
-enum class Kind : int64_t { conv, conv_int8, max_pool, quantize };
+enum class Kind : int64_t { conv, conv_int8, max_pool, quantize, mean_pool };
 
 // One launch. Values are numbered: those given first, then one result a launch.
 struct Entry {
@@ -51,6 +51,8 @@ Launch launch_of(const Entry& e, const Numbers& n, const Image& x, const Image* 
       return max_pool(x, kernel, stride, padding);
     case Kind::quantize:
       return quantize(x, n.residual_scale, e.zero);
+    case Kind::mean_pool:
+      return mean_pool(x);
   }
   STD_TORCH_CHECK(false, "the tape holds no such launch");
 }

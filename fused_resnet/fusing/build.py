@@ -51,7 +51,7 @@ def build(live: Modules, captured: Captured, graph: fx.Graph, matches: list[Matc
     inlined, called = ([live[name] for name in names] for names in (captured.inlined, captured.called))
     given = {i for node, i in slots.given.items()
              if all(user in absorbed and absorbed[user].pool and user is absorbed[user].conv for user in node.users)}
-    return Plan(live.root, len(slots.given), given, steps, slots.size, output, keep, inlined, called,
+    return Plan(live.root, len(slots.given), given, head.joined(steps), slots.size, output, keep, inlined, called,
                 captured.names)
 
 

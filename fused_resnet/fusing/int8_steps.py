@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fused_resnet import backends, int8, native, tape
+from fused_resnet.fusing import replay
 from fused_resnet.fusing.plan import Plan, difference
 from fused_resnet.fusing.steps import Call, Launch
 from fused_resnet.nn import executor
@@ -99,6 +100,14 @@ class Int8Pool:
     def __init__(self, call: Call):
         self.call, self.target, self.out, self.frees = call, call.target, call.out, call.frees
         self.x = call.args[0].at
+
+    def tensors(self) -> tuple:
+        """What it reads besides values."""
+        return ()
+
+    def numbers(self) -> tuple:
+        """What else it does depends on."""
+        return replay.POOL(self.target.__dict__)
 
     def run(self, values: list, tidy: bool, finite: bool = True) -> Any:
         pool = self.target

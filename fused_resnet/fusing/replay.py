@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fused_resnet import backends, tape
+from fused_resnet.fusing.head import Head
 from fused_resnet.fusing.steps import Launch
 from fused_resnet.nn import executor
 from fused_resnet.nn.memo import TensorGuards
@@ -50,12 +51,14 @@ def _look(steps: list) -> tuple[list, list]:
             tensors += (conv._parameters["weight"], conv._parameters["bias"], *own[:4])
             numbers += (conv.stride, conv.padding, conv.dilation, conv.groups, type(step.norm), own[4], own[5])
         else:
-            numbers += _pools([step])
+            tensors += step.tensors()
+            numbers.append(step.numbers())
     return tensors, numbers
 
 
-def _pools(steps: list) -> list:
-    return [POOL(step.target.__dict__) for step in steps if not isinstance(step, Launch)]
+def _is_result(y: torch.Tensor, value: Any, step: Any) -> bool:
+    """Whether what a launch made is the value of a step: a head shows it as rows."""
+    return value is y or isinstance(step, Head) and value.data_ptr() == y.data_ptr()
 
 
 def _absent() -> Any:
@@ -149,7 +152,7 @@ class Stretch:
             if entry is None or x is None or residual is None:
                 return False
             rows.append((entry, x, residual))
-        if not rows or rows[-1][0].y is not values[step.out]:
+        if not rows or not _is_result(rows[-1][0].y, values[step.out], step):
             return False
         for entry, x, residual in rows:
             self._made[step.out] = self._tape.add(entry, x, residual)
@@ -172,7 +175,9 @@ class Stretch:
         tensors, self._numbers, self._stamps = self._look
         self._ids = list(map(id, tensors))
         self._refs = [weakref.ref(t) for t in tensors if t is not None]
-        self._pools = _pools(self.steps)
+        self._others = [step for step in self.steps if not isinstance(step, Launch)]  # no sight is of them
+        self._of_others = [step.numbers() for step in self._others]
+        self._flat = [step.out for step in self.steps if isinstance(step, Head) and step.out in self._results]
         # Steps may share modules, guards want distinct tensors.
         present = [t for t in tensors if t is not None]
         ids = list(map(id, present))
@@ -187,7 +192,8 @@ class Stretch:
             values: of the plan.
             sight: what this call has found to be the same; None where steps may have changed it since.
         """
-        if sight is not None and sight is self._sight and _pools(self.steps) == self._pools:
+        if (sight is not None and sight is self._sight
+                and [step.numbers() for step in self._others] == self._of_others):
             tensors: list = [ref() for ref in self._refs]
         else:
             tensors, numbers = _look(self.steps)
@@ -208,11 +214,19 @@ class Stretch:
     def _put(self, values: list, results: list[torch.Tensor]) -> None:
         for slot, result in zip(self._results, results, strict=True):
             values[slot] = result
+        for slot in self._flat:
+            values[slot] = values[slot].flatten(1)
         for slot in self._frees:
             values[slot] = None
-        for step, memo, shown, known in self._shown:
-            step.__dict__.update(shown)
-            memo.known = known
+        if self._shown and not self._showing():
+            for step, memo, shown, known in self._shown:
+                step.__dict__.update(shown)
+                memo.known = known
+
+    def _showing(self) -> bool:
+        """Whether launches still show what this showed: no other call took the first, so none took the plan."""
+        step, memo, shown, known = self._shown[0]
+        return memo.known is known and shown.items() <= step.__dict__.items()
 
 
 class Recorder:

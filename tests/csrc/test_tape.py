@@ -60,10 +60,12 @@ class Chain:
 
     def grow(self):
         place, x = self.random.choice([s for s in self.slots[-4:] if s[0] not in self.dead])
-        kind = self.random.choice(["conv", "conv", "conv", "winograd2", "winograd4", "grouped", "pool"])
+        kind = self.random.choice(["conv", "conv", "conv", "winograd2", "winograd4", "grouped", "pool", "mean"])
         with tape.recording() as launched:
             if kind == "pool" and x.shape[2] > 8:
                 y = tape.max_pool(x, (3, 3), (2, 2), (1, 1))
+            elif kind == "mean" and self.random.random() < 0.3:
+                y = tape.mean_pool(x)
             else:
                 y = self._conv(kind if kind in ("winograd2", "winograd4", "grouped") else "direct", x)
         (entry,) = launched
@@ -168,7 +170,7 @@ def test_broken_tapes_raise():
         "result below": lambda: play([x], [pack], good, [-1]),
         "result of an empty tape": lambda: play([x], [], [], [1]),
         "nothing to write over": lambda: play([x], [pack], [conv(0, reuse=1)], [1]),
-        "kind": lambda: play([x], [pack], [row(4, 0)], [1]),
+        "kind": lambda: play([x], [pack], [row(5, 0)], [1]),
         "kind below": lambda: play([x], [pack], [row(-1, 0)], [1]),
         "activation": lambda: play([x], [pack], [conv(0, activation=5)], [1]),
         "residual of another size": lambda: play([x, small], [pack], [conv(0, 1)], [2]),

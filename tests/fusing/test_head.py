@@ -12,20 +12,27 @@ import fused_resnet as fr
 from fused_resnet import native, numerics
 from fused_resnet.fusing import head
 from fused_resnet.fusing.apply import plans
+from tests.fusing.replays import stretches
 
 pytestmark = pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
 
 
+FLAT = {"function": lambda x: torch.flatten(x, 1), "method": lambda x: x.flatten(1), "ends": lambda x: x.flatten(1, -1),
+        "view": lambda x: x.view(x.size(0), -1), "dims": lambda x: x.flatten(1, 2).flatten(1)}
+JOINED = ("function", "method", "ends", "module")
+
+
 class Net(nn.Module):
-    def __init__(self, classes=10, bias=True, functional=False):
+    def __init__(self, classes=10, bias=True, functional=False, flat="function"):
         super().__init__()
+        self.flat, self.rows = flat, nn.Flatten()
         self.conv, self.norm, self.act = nn.Conv2d(3, 37, 3, padding=1, bias=False), nn.BatchNorm2d(37), nn.ReLU()
         self.pool, self.fc, self.functional = nn.AdaptiveAvgPool2d(1), nn.Linear(37, classes, bias), functional
 
     def forward(self, x):
         x = self.act(self.norm(self.conv(x)))
         x = F.adaptive_avg_pool2d(x, (1, 1)) if self.functional else self.pool(x)
-        return self.fc(torch.flatten(x, 1))
+        return self.fc(self.rows(x) if self.flat == "module" else FLAT[self.flat](x))
 
 
 def nets(dtype=torch.float32, **options):
@@ -59,14 +66,33 @@ def calls(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"bias": False}, {"classes": 1}, {"classes": 1000}, {"functional": True}],
-                         ids=lambda options: "-".join(options) or "plain")
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"classes": 1}, {"classes": 1000}, {"functional": True},
+                                     *({"flat": flat} for flat in (*FLAT, "module"))],
+                         ids=lambda options: "-".join(map(str, options.items())) or "plain")
 def test_the_head_answers_what_stock_answers(dtype, options, calls):
     stock, fused = nets(dtype, **options)
-    assert {head.Mean, head.Classifier} <= set(kinds(fused))
+    joined = options.get("flat", "function") in JOINED
+    assert ({head.Head} if joined else {head.Mean, head.Classifier}) <= set(kinds(fused))
     for n, size in ((1, 7), (5, 9), (64, 3)):
         agree(stock, fused, torch.randn(n, 3, size, size, dtype=dtype))
     assert calls, "the classifier ran as PyTorch has it"
+    assert joined == any(type(step) is head.Head for item in stretches(fused) for step in item.steps)
+
+
+def test_what_is_read_by_others_is_no_part_of_a_head():
+    class Twice(Net):
+        def forward(self, x):
+            x = self.pool(self.act(self.norm(self.conv(x))))
+            rows = torch.flatten(x, 1)
+            return self.fc(rows), rows, x
+
+    stock = Twice().eval()
+    fused = fr.fuse(stock)
+    assert head.Head not in kinds(fused)
+    x = torch.randn(2, 3, 6, 6)
+    with torch.no_grad():
+        for y, wanted in zip(fused(x), stock(x), strict=True):
+            assert numerics.measure(y, wanted).rel < 1e-6
 
 
 def test_large_batches_leave_the_classifier_to_pytorch(calls):
@@ -93,7 +119,7 @@ def test_changes_of_the_classifier_are_seen_at_the_next_call():
         lambda m: m.load_state_dict(other.state_dict()),
         lambda m: setattr(m.fc.weight, "data", torch.arange(370.0).reshape(37, 10).t()),
         lambda m: setattr(m.fc.weight, "data", torch.arange(370.0).reshape(10, 37)),
-        lambda m: setattr(m.pool, "output_size", (1, 1)))
+        lambda m: setattr(m.pool, "output_size", (1, 1)), lambda m: setattr(m.pool, "output_size", 1))
     for change in changes:
         with torch.no_grad():
             change(fused), change(stock)

@@ -85,7 +85,11 @@ def _direct_wins(p: ConvProblem) -> bool:
     64 channels (1.2 x). About as fast (0.93 to 1.13 x): 32 to 64 channels to whole panels of filters, on maps of up to
     56x56. In bf16 filters that end within a vector are finished one by one (0.3 to 0.9 x).
     """
-    if p.groups != 1 or p.dtype == "bf16" and p.K % packed.LANES:
+    if p.groups != 1:
+        return False
+    if p.N * p.P * p.Q <= 64:
+        return True  # weights are read once: of 2048 -> 1000 in bf16 0.8 to 2.4 x on two Zen 4 cores
+    if p.dtype == "bf16" and p.K % packed.LANES:
         return False
     deep = p.dtype == "bf16" and p.depth >= 128
     even = p.K % (2 * packed.LANES) == 0 and p.P * p.Q <= 3136

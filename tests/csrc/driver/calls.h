@@ -34,6 +34,7 @@ using ConvInt8 = Tensor(const Tensor&, const Tensor&, const Maybe&, const Sizes&
                         const Sizes&, double, int64_t, int64_t, double, double, bool);
 using Quantize = Tensor(const Tensor&, double, int64_t);
 using MaxPool = Tensor(const Tensor&, const Sizes&, const Sizes&, const Sizes&);
+using MeanPool = Tensor(const Tensor&);
 using NewImage = Tensor(const Tensor&, const Sizes&);
 using Play = std::vector<Tensor>(const std::vector<Tensor>&, const std::vector<Tensor>&, const Tensor&, const Tensor&,
                                  const Sizes&);

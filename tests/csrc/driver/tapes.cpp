@@ -90,6 +90,11 @@ class Chain {
     return add({3, x, kNone, kNone, 0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0, 120, 0}, {61.5, 0, 0}, y);
   }
 
+  int64_t mean(int64_t x) {
+    const Tensor y = torch::stable::find_operator<MeanPool>("_mean_pool")(values_[x]);
+    return add({4, x, kNone, kNone, 0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0}, {0, 0, 0}, y);
+  }
+
   // Plays the tape with several numbers of threads, for the last value and those that are `kept`.
   void check(const char* name, const Sizes& kept = {}) const {
     Sizes results = kept;
@@ -197,7 +202,8 @@ struct Floating {
     const int64_t kept = bottleneck(t, y, 16, {.method = "winograd2"}, false);
     y = bottleneck(t, kept, 16, {.stride = 2}, true);
     y = bottleneck(t, y, 16, {.groups = 16, .method = "grouped"}, false);
-    t.conv(y, 5, 3, {.activation = Activation::silu});
+    y = t.conv(y, 5, 3, {.activation = Activation::silu});
+    t.conv(t.mean(y), 10, 1, {.activation = Activation::identity});
     t.check("network");
   }
 
