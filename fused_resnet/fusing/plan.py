@@ -31,6 +31,7 @@ from fused_resnet.nn import executor, training
 PLAN_TOLERANCE = {"fp64": 1e-6, "fp32": 1e-2, "bf16": 0.2, "fp16": 0.2}
 STRIDES = "strides"  # how a difference begins that is none of values
 ODD = "stock gives results other strides: inside it mixes memory formats"
+MIXED = "inputs or weights are in different memory formats"
 UNTUNED = contextlib.nullcontext()
 
 
@@ -89,10 +90,11 @@ class Plan:
             route, reason = self.route(args, kwargs)
             if route is not None:
                 return trial.run(self, route, args)
-        if reason is not None:
-            self._note(reason)
+        plain = None if reason is not None else self.contiguous(args)
+        if plain is None:
+            self._note(reason or MIXED)
             return forward(self.module, *args, **kwargs)
-        key = self.kind(args)
+        key = self.kind(args, plain)
         if key in self.odd:
             self._note(ODD)
             return forward(self.module, *args)
@@ -106,14 +108,14 @@ class Plan:
             return None, route
         if args and training.stock_wins(args[0], self.recompute):
             return None, training.STOCK_WINS
-        reason = route.refusal(args, kwargs) or self.mixed(args)
+        reason = route.refusal(args, kwargs) or (MIXED if self.contiguous(args) is None else None)
         return (route, None) if reason is None else (None, reason)
 
-    def kind(self, args: tuple) -> tuple:
-        """What kind of call this is, first of all whether stock computes in contiguous memory: each is checked once."""
+    def kind(self, args: tuple, plain: bool | None) -> tuple:
+        """What kind of call this is, first of all what `contiguous` says of it: each is checked once."""
         device = args[0].device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return self.converts(args), device, args[0].dtype, autocast
+        return plain, device, args[0].dtype, autocast
 
     def refusal(self, args: tuple, kwargs: dict) -> str | None:
         """Why the plan cannot answer this call, or None: the guards."""
@@ -135,23 +137,19 @@ class Plan:
                 return "the input is not finite floating point"
             if not x.numel() or not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
                 return "the input is empty or has gaps"
-        return self.mixed(args)
-
-    def mixed(self, args: tuple) -> str | None:
-        """Why it cannot be said which layout stock would compute in, or None."""
-        images = {executor.suggests_channels_last(x) for x in args if x.dim() == 4}
-        if len(images) > 1 or images == {False} and len(self._layouts()) > 1:
-            return "inputs or weights are in different memory formats"
         return None
 
-    def _layouts(self) -> set[bool]:
-        """Whether weights are in channels_last; one value a filter says nothing."""
+    def contiguous(self, args: tuple) -> bool | None:
+        """Whether stock would compute in contiguous memory here, so that results must be put back into it; None where
+        inputs or weights differ, so that it cannot be said.
+        """
+        images = {executor.suggests_channels_last(x) for x in args if x.dim() == 4}
+        if True in images:
+            return None if len(images) > 1 else False
+        # one value a filter says nothing
         weights = (conv._parameters.get("weight") for conv in self.convs)
-        return {executor.suggests_channels_last(w) for w in weights if w is not None and w.numel() != w.shape[0]}
-
-    def converts(self, args: tuple) -> bool:
-        """Whether stock would compute in contiguous memory here, so that results must be put back into it."""
-        return not any(executor.suggests_channels_last(x) for x in args) and True not in self._layouts()
+        layouts = {executor.suggests_channels_last(w) for w in weights if w is not None and w.numel() != w.shape[0]}
+        return None if images and len(layouts) > 1 else True not in layouts
 
     def chosen(self, args: tuple) -> list:
         """The steps for a call."""

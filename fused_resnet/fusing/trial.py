@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 def run(plan: Plan, route: Route, args: tuple) -> Any:
     """The route's answer, or stock's at the first call of a kind if it says something else."""
-    convert = plan.converts(args) and not plan.keep
-    key = (route.mode, torch.is_grad_enabled(), *plan.kind(args))
+    plain = plan.contiguous(args)
+    convert = bool(plain) and not plan.keep
+    key = (route.mode, torch.is_grad_enabled(), *plan.kind(args, plain))
     if plan.keep:
         args = tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in args)
     if key in plan.checked:
