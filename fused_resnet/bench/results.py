@@ -191,12 +191,16 @@ def _fault(row: Any) -> str | None:
 
 
 def cpu_model() -> str:
-    """The CPU's marketing name."""
+    """The CPU's marketing name; with family and model where a hypervisor has left no number in it."""
     try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        match = None
-    return match.group(1).strip() if match else platform.processor() or platform.machine()
+        text = ""
+    name, family, model = (match.group(1).strip() if (match := re.search(rf"^{key}\s*:\s*(.+)$", text, re.M)) else None
+                           for key in ("model name", "cpu family", "model"))
+    if name and not re.search(r"\d", name) and family and model:
+        return f"{name} family {family} model {model}"
+    return name or platform.processor() or platform.machine()
 
 
 def cpu_flags() -> list[str]:
