@@ -104,8 +104,9 @@ void conv(const Int8Run& c, const Part& part, void* scratch) {
   } else {
     gather8(c, seg, part.first_row, part.last_row, a);
   }
+  const int64_t sharers = c.y_narrow ? 2 : 1;  // panels whose results lie in one line
   const auto product = [&](int64_t p, int64_t t, int64_t count) {
-    if (t + 2 * count <= rows) ask_for(c, (part.first_row + t + count) * K + p * kPanel8, count);
+    if (t + 2 * count <= rows && p % sharers == 0) ask_for(c, (part.first_row + t + count) * K + p * kPanel8, count);
     run_tile8(ends, p, part.first_row + t, count,
               Operands8{reinterpret_cast<const uint32_t*>(from + t * row), c.weights + depth * p * kPanel8, row, chunk,
                         depth});
