@@ -68,8 +68,8 @@ class Classifier(Call):
     def __init__(self, call: Call):
         self.__dict__.update(call.__dict__)
 
-    def parameters(self) -> tuple[Any, Any]:
-        """Weight and bias, of which either may have been removed."""
+    def tensors(self) -> tuple[Any, Any]:
+        """Weight and bias, of which either may have been removed: what it reads besides values."""
         own = self.target._parameters
         return own["weight"], own["bias"]
 
@@ -77,7 +77,7 @@ class Classifier(Call):
         """Whether ours runs it on rows, or on maps of one pixel."""
         if not _plain(x) or not 0 < x.shape[0] <= MOST:
             return False
-        weight, bias = self.parameters()
+        weight, bias = self.tensors()
         return (all(type(t) is nn.Parameter and t.dtype is x.dtype and t.is_cpu
                     for t in (weight, bias) if t is not None)
                 and weight.dim() == 2 and weight.shape[1] == x.shape[1] and 0 not in weight.shape
@@ -85,7 +85,7 @@ class Classifier(Call):
 
     def of_maps(self, x: torch.Tensor, finite: bool) -> torch.Tensor:
         """[N, C, 1, 1] -> [N, K]."""
-        weight, bias = self.parameters()
+        weight, bias = self.tensors()
         o = ConvOperands(x, _filters_of(weight), bias)
         problem = family.problem_of(o.x, o.weight, bias, None, None, "identity", "", (1, 1), (0, 0), (1, 1), 1)
         return family.execute(problem, o, finite).flatten(1)
@@ -108,14 +108,10 @@ class Head(Classifier):
         between = {mean.out, flat.out}
         self.frees = tuple({slot for part in self.parts for slot in part.frees} - between)
 
-    def tensors(self) -> tuple[Any, Any]:
-        """What it reads besides values."""
-        return self.parameters()
-
     def numbers(self) -> tuple:
         """What else it does depends on."""
         mean, flat, _ = self.parts
-        weight, bias = self.parameters()
+        weight, bias = self.tensors()
         return mean.size, _flattened(flat), id(weight), id(bias)
 
     def run(self, values: list, tidy: bool, finite: bool = True) -> Any:

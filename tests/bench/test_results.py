@@ -124,3 +124,13 @@ def test_a_chart_is_drawn_for_rows_that_were_timed(record, tmp_path):
     assert plots.speedups(results.Results({}, "", []), tmp_path / "b.png") is None
     with pytest.raises(ValueError, match="cannot write"):
         plots.speedups(record, tmp_path / "none" / "a.png")
+
+
+@pytest.mark.parametrize("text, name", [
+    ("model\t\t: 17\nmodel name\t: AMD EPYC\ncpu family\t: 25\n", "AMD EPYC family 25 model 17"),
+    ("cpu family\t: 6\nmodel\t: 143\nmodel name\t: Some CPU 8480\n", "Some CPU 8480"),
+    ("model name\t: Nameless\n", "Nameless")])
+def test_a_processor_without_a_number_is_told_by_family_and_model(monkeypatch, tmp_path, text, name):
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(results, "Path", lambda _: tmp_path / "cpuinfo")
+    assert results.cpu_model() == name
